@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: MIT
+"""Configuration of a Flow Poke Transformer: one architecture, different numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from fpt_model.geometry import Fit
+
+
+@dataclass(frozen=True)
+class FPTConfig:
+    """All numbers that define a model. Raises ValueError naming the offending value."""
+
+    name: str = "fpt"
+    # --- image encoder -------------------------------------------------------------------------
+    encoder: str = "vit_tiny_patch16_224"  # a timm model name
+    encoder_kwargs: dict[str, Any] = field(default_factory=dict)  # passed on to timm.create_model
+    image_size: int = 128  # px, side of the encoder's square input
+    image_mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of RGB in [0, 1]
+    image_std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    fit: Fit = "crop"  # how a non-square image becomes square, see fpt_model.geometry
+    # --- poke transformer ----------------------------------------------------------------------
+    width: int = 192  # channels of a token
+    depth: int = 4  # layers
+    head_dim: int = 64  # channels of an attention head; a multiple of 4 (2-D axial RoPE)
+    ffn_expand: int = 3  # hidden channels of SwiGLU / width
+    flow_prescale: float = 0.5  # 1 / image side; flow * prescale goes through tanh before Fourier
+    # features at a token's position: grid_sample's align_corners. True reproduces the public
+    # implementation (and its half-token shift at the borders); False is exact.
+    sample_align_corners: bool = False
+    # --- head ----------------------------------------------------------------------------------
+    flow_dim: int = 2  # 2: (x, y); 3: (x, y, relative depth)
+    components: int = 4  # Gaussians of the mixture
+    min_std: float = 1e-4  # image sides, floor of the diagonal of the Cholesky factor
+    # --- what the predictions mean -------------------------------------------------------------
+    horizon_s: float = 1.0  # s, the fixed time over which the motion is predicted
+    kl_threshold: float = 1.0  # nats, above it a point belongs to the poked part (chosen on validation)
+    licence: str = "MIT"  # SPDX identifier of the weights
+
+    def __post_init__(self) -> None:
+        for name in ("image_size", "width", "depth", "head_dim", "ffn_expand", "components"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be an integer >= 1, received {value!r}")
+        if self.flow_dim not in (2, 3):
+            raise ValueError(f"flow_dim must be 2 or 3, received {self.flow_dim!r}")
+        if self.head_dim % 4:
+            raise ValueError(f"head_dim must be a multiple of 4, received {self.head_dim}")
+        if self.width % self.head_dim:
+            raise ValueError(
+                f"width must be a multiple of head_dim = {self.head_dim}, received {self.width}"
+            )
+        for name in ("min_std", "horizon_s", "kl_threshold", "flow_prescale"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be > 0, received {getattr(self, name)!r}")
+        if self.fit not in ("crop", "stretch"):
+            raise ValueError(f'fit must be "crop" or "stretch", received {self.fit!r}')
+        # lists come from JSON and YAML
+        object.__setattr__(self, "image_mean", tuple(self.image_mean))
+        object.__setattr__(self, "image_std", tuple(self.image_std))
+
+    @property
+    def heads(self) -> int:
+        """Attention heads of a layer."""
+        return self.width // self.head_dim
+
+    @property
+    def raw_dim(self) -> int:
+        """Outputs of the head for a token: logits, means and Cholesky entries of all components."""
+        d = self.flow_dim
+        return self.components * (1 + d + d * (d + 1) // 2)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-serialisable dict, the inverse of :meth:`from_dict`."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> FPTConfig:
+        """Build from a dict; ValueError names keys that are not fields of the configuration."""
+        unknown = sorted(set(values) - {f.name for f in fields(cls)})
+        if unknown:
+            raise ValueError(f"unknown configuration keys {unknown}")
+        return cls(**values)
+
+
+FPT_BASE = FPTConfig(
+    name="fpt-base",
+    encoder="vit_base_patch14_reg4_dinov2",
+    image_size=448,
+    fit="crop",
+    width=768,
+    depth=12,
+    head_dim=64,
+    sample_align_corners=True,
+    licence="CC-BY-NC-4.0",
+)

@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: MIT
+"""Gaussian mixtures over motion, in float64 numpy, outside of any exported graph."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Array = NDArray[np.float64]
+
+
+def _logsumexp(x: Array, axis: int) -> Array:
+    top = np.max(x, axis=axis, keepdims=True)
+    return np.squeeze(top, axis) + np.log(np.sum(np.exp(x - top), axis=axis))
+
+
+def _solve_lower(tril: Array, b: Array) -> Array:
+    """``inv(tril) @ b`` for lower triangular ``[..., D, D]`` and ``b [..., D]``, by substitution."""
+    out = np.empty(np.broadcast_shapes(tril.shape[:-1], b.shape))
+    for i in range(tril.shape[-1]):
+        known = sum((tril[..., i, j] * out[..., j] for j in range(i)), start=np.zeros(()))
+        out[..., i] = (b[..., i] - known) / tril[..., i, i]
+    return out
+
+
+@dataclass(frozen=True)
+class FlowMixture:
+    """A mixture of K full-covariance Gaussians over D-dimensional motion for each of ``[...]`` points.
+
+    Attributes:
+        log_weights: ``[..., K]`` normalised log weights.
+        means: ``[..., K, D]``, in whatever unit the maker states (the predictor: fractions of the
+            image's width and height).
+        scale_tril: ``[..., K, D, D]`` lower Cholesky factors of the covariances, same unit.
+    """
+
+    log_weights: Array
+    means: Array
+    scale_tril: Array
+
+    def __post_init__(self) -> None:
+        for name in ("log_weights", "means", "scale_tril"):
+            object.__setattr__(self, name, np.asarray(getattr(self, name), dtype=np.float64))
+        k_shape, m_shape, l_shape = self.log_weights.shape, self.means.shape, self.scale_tril.shape
+        if m_shape[:-1] != k_shape or l_shape != (*m_shape, m_shape[-1]):
+            raise ValueError(
+                "expected log_weights [..., K], means [..., K, D], scale_tril [..., K, D, D], "
+                f"received shapes {k_shape}, {m_shape}, {l_shape}"
+            )
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The batch shape ``[...]``."""
+        return self.log_weights.shape[:-1]
+
+    @property
+    def components(self) -> int:
+        """K."""
+        return int(self.means.shape[-2])
+
+    @property
+    def dims(self) -> int:
+        """D."""
+        return int(self.means.shape[-1])
+
+    @property
+    def weights(self) -> Array:
+        """``[..., K]`` probabilities of the components."""
+        return np.exp(self.log_weights)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: Any) -> FlowMixture:
+        """Index the batch shape (an Ellipsis is not supported)."""
+        return FlowMixture(self.log_weights[index], self.means[index], self.scale_tril[index])
+
+    def reshape(self, *shape: int) -> FlowMixture:
+        """The same mixtures with another batch shape."""
+        k, d = self.components, self.dims
+        return FlowMixture(
+            self.log_weights.reshape(*shape, k),
+            self.means.reshape(*shape, k, d),
+            self.scale_tril.reshape(*shape, k, d, d),
+        )
+
+    def scaled(self, *scale: float) -> FlowMixture:
+        """The mixture of ``motion * scale``, one factor an axis (ValueError otherwise)."""
+        s = np.asarray(scale, dtype=np.float64)
+        if s.shape != (self.dims,) or not np.all(s > 0):
+            raise ValueError(f"expected {self.dims} positive factors, received {scale}")
+        # diag(s) @ L stays lower triangular with a positive diagonal
+        return FlowMixture(self.log_weights, self.means * s, self.scale_tril * s[:, None])
+
+    def mean(self) -> Array:
+        """``[..., D]``."""
+        return np.einsum("...k,...kd->...d", self.weights, self.means)
+
+    def component_covariances(self) -> Array:
+        """``[..., K, D, D]``."""
+        return self.scale_tril @ np.swapaxes(self.scale_tril, -1, -2)
+
+    def covariance(self) -> Array:
+        """``[..., D, D]`` by the law of total variance."""
+        centred = self.means - self.mean()[..., None, :]
+        spread = np.einsum("...k,...ki,...kj->...ij", self.weights, centred, centred)
+        return np.einsum("...k,...kij->...ij", self.weights, self.component_covariances()) + spread
+
+    def std(self) -> Array:
+        """``[..., D]``: the standard deviation of each axis."""
+        return np.sqrt(np.diagonal(self.covariance(), axis1=-2, axis2=-1))
+
+    def modes(self) -> FlowMixture:
+        """The components ordered from most to least probable."""
+        order = np.argsort(-self.log_weights, axis=-1, kind="stable")
+        return FlowMixture(
+            np.take_along_axis(self.log_weights, order, -1),
+            np.take_along_axis(self.means, order[..., None], -2),
+            np.take_along_axis(self.scale_tril, order[..., None, None], -3),
+        )
+
+    def mode(self) -> Array:
+        """``[..., D]``: the mean of the most probable component."""
+        best = np.argmax(self.log_weights, axis=-1)[..., None, None]
+        return np.take_along_axis(self.means, best, -2)[..., 0, :]
+
+    def log_prob(self, motion: ArrayLike) -> Array:
+        """``[...]``: log density (per unit^D) of ``motion [..., D]``."""
+        motion = np.asarray(motion, dtype=np.float64)
+        return _logsumexp(self.log_weights + self._component_log_prob(motion[..., None, :]), -1)
+
+    def _component_log_prob(self, motion: Array) -> Array:
+        """``[..., K]`` from ``motion`` broadcastable to ``[..., K, D]``."""
+        z = _solve_lower(self.scale_tril, motion - self.means)
+        return -0.5 * np.sum(z * z, -1) - self._log_det() - 0.5 * self.dims * np.log(2 * np.pi)
+
+    def _log_det(self) -> Array:
+        """``[..., K]``: log determinants of the Cholesky factors."""
+        return np.sum(np.log(np.diagonal(self.scale_tril, axis1=-2, axis2=-1)), -1)
+
+    def sample(self, n: int, rng: np.random.Generator) -> Array:
+        """``[n, ..., D]`` independent draws."""
+        if n < 1:
+            raise ValueError(f"the number of samples must be >= 1, received {n}")
+        u = rng.random((n, *self.shape, 1))
+        # clip: the cumulative sum may end a rounding error below 1
+        pick = np.sum(u > np.cumsum(self.weights, -1), -1).clip(max=self.components - 1)
+        index = pick[..., None, None]
+        mean = np.take_along_axis(self.means[None], index, -2)[..., 0, :]
+        tril = np.take_along_axis(self.scale_tril[None], index[..., None], -3)[..., 0, :, :]
+        return mean + np.einsum("...ij,...j->...i", tril, rng.standard_normal(mean.shape))
+
+    def entropy(self, samples: int = 256, seed: int = 0) -> Array:
+        """``[...]``: Monte Carlo estimate of the differential entropy in nats."""
+        return -np.mean(self.log_prob(self.sample(samples, np.random.default_rng(seed))), 0)
+
+    def kl(
+        self,
+        other: FlowMixture,
+        method: Literal["matched", "monte_carlo"] = "matched",
+        samples: int = 4096,
+        seed: int = 0,
+    ) -> Array:
+        """``[...]``: Kullback-Leibler divergence ``D(self || other)`` in nats.
+
+        ``matched`` is the upper bound of Goldberger, Gordon & Greenspan, "An efficient image
+        similarity measure based on approximations of KL-divergence between two Gaussian mixtures"
+        (ICCV 2003), which the FPT paper uses; ``monte_carlo`` estimates the true value.
+        """
+        if method == "monte_carlo":
+            draws = self.sample(samples, np.random.default_rng(seed))
+            return np.mean(self.log_prob(draws) - other.log_prob(draws), 0)
+        if method != "matched":
+            raise ValueError(f'method must be "matched" or "monte_carlo", received {method!r}')
+        pair = self.component_kl(other)  # [..., K, K']
+        cost = pair - other.log_weights[..., None, :]
+        best = np.min(cost, axis=-1)
+        return np.sum(self.weights * (best + self.log_weights), -1)
+
+    def component_kl(self, other: FlowMixture) -> Array:
+        """``[..., K, K']``: closed-form KL between each pair of Gaussian components, in nats.
+
+        With ``M = L1^-1 L0`` and ``d = L1^-1 (mu1 - mu0)``:
+        ``0.5 (|M|_F^2 + |d|^2 - D) + ln det L1 - ln det L0``.
+        """
+        l1 = other.scale_tril[..., None, :, :, :]
+        d = _solve_lower(l1, other.means[..., None, :, :] - self.means[..., :, None, :])
+        l0 = self.scale_tril[..., :, None, :, :]
+        frobenius = sum(
+            np.sum(_solve_lower(l1, l0[..., i]) ** 2, -1) for i in range(self.dims)
+        )
+        log_det = other._log_det()[..., None, :] - self._log_det()[..., :, None]
+        return 0.5 * (frobenius + np.sum(d * d, -1) - self.dims) + log_det
