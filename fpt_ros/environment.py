@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: MIT
+"""The process environment for ROS 2 and rendering on one machine: demo, tests and launch files.
+
+Everything here is a default: a variable the user has set is never changed.
+
+Run as a program it prints shell assignments::
+
+    eval "$(python -m fpt_ros.environment)"
+"""
+
+import os
+import shlex
+import socket
+import sys
+from collections.abc import Mapping
+from ctypes.util import find_library
+from pathlib import Path
+
+# 7400 + 250 * domain is the first UDP port of a domain; above 101 Linux's ephemeral ports begin.
+MAX_DOMAIN_ID = 101
+
+
+def fastdds_profile() -> Path:
+    """Path of the Fast DDS profile, in the source tree or below the installation's share/.
+
+    Raises:
+        FileNotFoundError: the package is installed without its config folder.
+    """
+    folders = (Path(__file__).parents[1], Path(sys.prefix, "share", "fpt_ros"), *_ament_shares())
+    for folder in folders:
+        profile = folder / "config" / "fastdds.xml"
+        if profile.is_file():
+            return profile
+    raise FileNotFoundError(
+        f"config/fastdds.xml is in none of {[str(f) for f in folders]}; reinstall fpt_ros"
+    )
+
+
+def rendering_backend() -> str | None:
+    """MuJoCo's off-screen OpenGL backend that this machine has the library of; None: neither."""
+    for backend, library in (("egl", "EGL"), ("osmesa", "OSMesa")):
+        if find_library(library):
+            return backend
+    return None
+
+
+def transport_defaults(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Variables to add so that images travel whole between processes of this machine."""
+    defaults = {
+        "RMW_IMPLEMENTATION": "rmw_fastrtps_cpp",
+        "ROS_AUTOMATIC_DISCOVERY_RANGE": "LOCALHOST",
+        "FASTRTPS_DEFAULT_PROFILES_FILE": str(fastdds_profile()),
+    }
+    return {name: value for name, value in defaults.items() if name not in environment}
+
+
+def defaults(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Variables to add for the nodes, the simulation's renderer and the ament index.
+
+    Args:
+        environment: the variables already set, which stay as they are.
+
+    Returns:
+        The missing variables alone. AMENT_PREFIX_PATH is the exception: the Python environment,
+        when ROS is installed into it, is put before what is there.
+    """
+    added = transport_defaults(environment)
+    backend = rendering_backend()
+    if backend and "MUJOCO_GL" not in environment:
+        added["MUJOCO_GL"] = backend
+    if Path(sys.prefix, "share", "ament_index").is_dir():
+        prefixes = environment.get("AMENT_PREFIX_PATH", "").split(os.pathsep)
+        if sys.prefix not in prefixes:
+            added["AMENT_PREFIX_PATH"] = os.pathsep.join([sys.prefix, *filter(None, prefixes)])
+        # executables below lib/fpt_ros start the first python3 of PATH
+        scripts = str(Path(sys.prefix, "bin"))
+        path = environment.get("PATH", os.defpath)
+        if path.split(os.pathsep)[0] != scripts:
+            added["PATH"] = os.pathsep.join([scripts, path])
+    return added
+
+
+def claim_domain_id() -> tuple[int, socket.socket]:
+    """Find a ROS_DOMAIN_ID that no other caller on this machine holds.
+
+    Returns:
+        The id, and the socket that keeps the claim: it ends when the socket is closed.
+
+    Raises:
+        RuntimeError: all domains are taken.
+    """
+    start = os.getpid()
+    for offset in range(MAX_DOMAIN_ID):
+        domain = 1 + (start + offset) % MAX_DOMAIN_ID  # 0 is everybody's default
+        claim = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        try:
+            claim.bind(f"\0fpt_ros_domain_{domain}")  # abstract: gone with the process
+        except OSError:
+            claim.close()
+        else:
+            return domain, claim
+    raise RuntimeError(f"all ROS domains from 1 to {MAX_DOMAIN_ID} are in use on this machine")
+
+
+def _ament_shares() -> list[Path]:
+    prefixes = os.environ.get("AMENT_PREFIX_PATH", "").split(os.pathsep)
+    return [Path(prefix, "share", "fpt_ros") for prefix in prefixes if prefix]
+
+
+if __name__ == "__main__":
+    for name, value in defaults().items():
+        print(f"export {name}={shlex.quote(value)}")
