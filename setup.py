@@ -3,7 +3,7 @@
 
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Distribution, find_packages, setup
 
 NAME = "fpt_ros"
 
@@ -17,14 +17,18 @@ def share(folder: str, pattern: str) -> tuple[str, list[str]]:
 # makes colcon put them; these wrappers are the same executables for a pip installation.
 EXECUTABLES = sorted(str(p) for p in Path("tools/executables").iterdir())
 
+
+class DistributionWithData(Distribution):
+    """Also editable installations get the data_files: setuptools asks for them by this name."""
+
+    has_data = Distribution.has_data_files
+
+
 setup(
+    distclass=DistributionWithData,
     name=NAME,
     version="0.1.0",
     description="Flow poke transformer for ROS 2: how a scene can move when something is pushed",
-    long_description=Path("README.md").read_text(encoding="utf-8")
-    if Path("README.md").exists()
-    else "",
-    long_description_content_type="text/markdown",
     maintainer="fpt_ros contributors",
     maintainer_email="maintainers@users.noreply.github.com",
     license="MIT",
