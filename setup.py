@@ -70,6 +70,7 @@ setup(
             "ros-jazzy-std-srvs",
             "ros-jazzy-visualization-msgs",
         ],
+        "cli": ["rich", "typer>=0.9"],
         "sim": ["mujoco>=3.3", "pyopengl"],
         "train": ["tensorboard", "tqdm"],
         "dev": [
