@@ -35,7 +35,7 @@ ELLIPSE_SIGMAS = 2.0
 MIN_DRAWN_WEIGHT = 0.05
 """Modes less probable than this are left out of the picture."""
 
-MAX_DRAWN_QUERIES = 400
+MAX_DRAWN_QUERIES = 100
 """Of more queries than this an even selection is drawn: more would hide the picture."""
 
 MIN_CANVAS_SIDE = 480

@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: MIT
+"""The ``fpt`` command. Needs no ROS."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from fpt_ros.commands.arguments import UserError
+from fpt_ros.commands.predict import predict
+
+app = typer.Typer(
+    name="fpt",
+    help="Flow Poke Transformer: how does a scene move when it is poked?",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+app.command()(predict)
+
+
+@app.callback()
+def _fpt() -> None:
+    """Keeps ``predict`` a sub-command while it is the only one."""
+
+
+def main() -> None:
+    """Run the command line. Exits with 0, or with 2 and one line for a user's mistake."""
+    try:
+        app()
+    except UserError as error:
+        print(f"fpt: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: MIT
+"""The sub-commands of ``fpt``, one module each."""
