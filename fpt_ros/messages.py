@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: MIT
+"""Conversion and validation of the `fpt_msgs` messages; everything here is in pixels of the image.
+
+The unit and the convention of a pixel coordinate are those of `fpt_model.geometry`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from std_msgs.msg import Header
+
+from fpt_model.geometry import inside_image
+from fpt_model.mixture import FlowMixture
+from fpt_msgs.msg import FlowDistribution, Poke, PokeArray, QueryArray
+from fpt_ros.images import flat_array
+
+Size = tuple[int, int]  # (height, width) in px
+
+
+class MessageError(ValueError):
+    """A message that cannot be answered; the text names the element and value at fault."""
+
+
+@dataclass(frozen=True)
+class Pokes:
+    """Pokes in px: positions ``xy [P, 2]`` and displacements ``flow [P, 2]``, float64."""
+
+    xy: NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, 2)))
+    flow: NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, 2)))
+
+    def __len__(self) -> int:
+        return len(self.xy)
+
+
+def pokes_from_msg(msg: PokeArray, max_pokes: int | None = None) -> Pokes:
+    """The pokes of a message. ``dz`` is left out: it may be NaN, and planar models do not use it.
+
+    Raises:
+        MessageError: for a coordinate that is NaN or infinite, or more than ``max_pokes`` pokes.
+    """
+    if max_pokes is not None and len(msg.pokes) > max_pokes:
+        raise MessageError(f"received {len(msg.pokes)} pokes, expected at most {max_pokes}")
+    values = np.array([(p.x, p.y, p.dx, p.dy) for p in msg.pokes], np.float64).reshape(-1, 4)
+    bad = np.flatnonzero(~np.isfinite(values).all(axis=1))
+    if bad.size:
+        x, y, dx, dy = values[bad[0]]
+        raise MessageError(
+            f"poke {bad[0]} of {len(values)} must be finite, "
+            f"received x={x:g}, y={y:g}, dx={dx:g}, dy={dy:g}"
+        )
+    return Pokes(values[:, :2], values[:, 2:])
+
+
+def pokes_to_msg(pokes: Pokes, header: Header) -> PokeArray:
+    """A message of planar pokes (``dz`` NaN). A zero stamp in the header means the newest image."""
+    rows = np.hstack([pokes.xy, pokes.flow]).tolist()
+    nan = float("nan")
+    return PokeArray(
+        header=header, pokes=[Poke(x=x, y=y, dx=dx, dy=dy, dz=nan) for x, y, dx, dy in rows]
+    )
+
+
+def queries_from_msg(msg: QueryArray) -> NDArray[np.float64]:
+    """The query positions ``[Q, 2]`` in px of a message.
+
+    Raises:
+        MessageError: for an odd number of values, or one that is NaN or infinite.
+    """
+    values = np.frombuffer(msg.xy, np.float32).astype(np.float64)
+    if len(values) % 2:
+        raise MessageError(f"queries must be x, y pairs, received {len(values)} values in xy")
+    xy = values.reshape(-1, 2)
+    bad = np.flatnonzero(~np.isfinite(xy).all(axis=1))
+    if bad.size:
+        x, y = xy[bad[0]]
+        raise MessageError(f"query {bad[0]} of {len(xy)} must be finite, received x={x:g}, y={y:g}")
+    return xy
+
+
+def queries_to_msg(xy: ArrayLike, header: Header) -> QueryArray:
+    """A message of the query positions ``[Q, 2]`` in px."""
+    return QueryArray(header=header, xy=flat_array("f", np.asarray(xy, np.float32)))
+
+
+def check_inside(what: str, xy: NDArray[np.float64], size: Size) -> None:
+    """Refuse positions ``xy [N, 2]`` in px that lie outside an image of ``size``.
+
+    Raises:
+        MessageError: naming the first of them; ``what`` is its name in the message, "poke" say.
+    """
+    outside = np.flatnonzero(~inside_image(xy, size))
+    if outside.size:
+        height, width = size
+        x, y = xy[outside[0]]
+        raise MessageError(
+            f"{what} {outside[0]} of {len(xy)} at x={x:g}, y={y:g} px lies outside the "
+            f"{width} x {height} px image, expected -0.5 <= x <= {width - 0.5} and "
+            f"-0.5 <= y <= {height - 0.5}"
+        )
+
+
+def distribution_to_msg(
+    mixture: FlowMixture,
+    queries: NDArray[np.float64],
+    size: Size,
+    header: Header,
+    model_name: str = "",
+    horizon_s: float = 0.0,
+) -> FlowDistribution:
+    """A message of a mixture ``[N]`` in px at ``queries [N, 2]`` in px of an image of ``size``.
+
+    Raises:
+        ValueError: when mixture and queries differ in number.
+    """
+    if mixture.shape != (len(queries),):
+        raise ValueError(
+            f"expected a mixture of shape {(len(queries),)}, one for each query, "
+            f"received {mixture.shape}"
+        )
+    return FlowDistribution(
+        header=header,
+        image_height=size[0],
+        image_width=size[1],
+        dims=mixture.dims,
+        components=mixture.components,
+        count=len(queries),
+        queries=flat_array("f", queries.astype(np.float32)),
+        weights=flat_array("f", mixture.weights.astype(np.float32)),
+        means=flat_array("f", mixture.means.astype(np.float32)),
+        scale_tril=flat_array("f", mixture.scale_tril.astype(np.float32)),
+        model_name=model_name,
+        horizon_s=horizon_s,
+    )
+
+
+def distribution_from_msg(msg: FlowDistribution) -> tuple[NDArray[np.float64], FlowMixture]:
+    """``(queries [N, 2], mixture [N])`` of a message, both in px.
+
+    Raises:
+        MessageError: when the length of an array is not what count, components and dims say.
+    """
+    n, k, d = msg.count, msg.components, msg.dims
+    shapes = {
+        "queries": (n, 2),
+        "weights": (n, k),
+        "means": (n, k, d),
+        "scale_tril": (n, k, d, d),
+    }
+    arrays = {}
+    for name, shape in shapes.items():
+        values = np.frombuffer(getattr(msg, name), np.float32)
+        if values.size != np.prod(shape):
+            raise MessageError(
+                f"{name} has {values.size} values, expected {'*'.join(map(str, shape))} = "
+                f"{np.prod(shape)} (count={n}, components={k}, dims={d})"
+            )
+        arrays[name] = values.reshape(shape).astype(np.float64)
+    with np.errstate(divide="ignore"):  # a weight may have underflowed to 0 in float32
+        log_weights = np.log(arrays["weights"])
+    return arrays["queries"], FlowMixture(log_weights, arrays["means"], arrays["scale_tril"])

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: MIT
+"""Parameters as tables: each is declared, described and bounded in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescriptor
+from rclpy.node import Node
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A parameter. Its type is that of ``default``."""
+
+    name: str
+    default: bool | int | float | str
+    description: str
+    minimum: int | float | None = None
+    maximum: int | float | None = None
+    fixed: bool = False  # changes would take effect on configure only, so they are refused after it
+    read_only: bool = False  # set at start, never changed
+
+
+FPT_PARAMETERS: tuple[Spec, ...] = (
+    Spec("autostart", True, "Configure and activate at start-up.", fixed=True),
+    Spec("model", "fpt-tiny", "Name of a shipped model, or path of a checkpoint.", fixed=True),
+    Spec("backend", "torch", "What runs the model: torch.", fixed=True),
+    Spec(
+        "device", "cpu", "Where the model runs, as torch names it: cpu, cuda, cuda:1.", fixed=True
+    ),
+    Spec("precision", "fp32", "Number format of the model: fp32 or bf16.", fixed=True),
+    Spec("threads", 0, "CPU threads of the model; 0: the backend's default.", 0, 256, fixed=True),
+    Spec(
+        "scene_history",
+        8,
+        "Encoded images kept for pokes and queries that name an image by its stamp.",
+        1,
+        1000,
+        fixed=True,
+    ),
+    Spec(
+        "max_age_ms",
+        500.0,
+        "Images older than this by the node's clock are not answered, ms; 0: no limit.",
+        0.0,
+        3.6e6,
+    ),
+    Spec("camera_static", True, "Whether the camera stands still during the predicted motion."),
+    Spec("dense_height", 64, "Rows of the grid behind the dense outputs, cells.", 1, 1024),
+    Spec("dense_width", 64, "Columns of the grid behind the dense outputs, cells.", 1, 1024),
+    Spec(
+        "full_resolution",
+        True,
+        "Resize the dense outputs to the image's size; false: publish the grid. "
+        "Flow is in px of the image in both cases.",
+    ),
+    Spec(
+        "kl_threshold_nats",
+        0.0,
+        "Influence above which a point belongs to the moving part, nats; 0: the model's own.",
+        0.0,
+        1e6,
+    ),
+    Spec("query_grid_height", 8, "Rows of query points while no queries are sent.", 1, 256),
+    Spec("query_grid_width", 8, "Columns of query points while no queries are sent.", 1, 256),
+    Spec("max_pokes", 128, "Messages with more pokes than this are refused.", 1, 10000),
+    Spec("diagnostics_period_s", 1.0, "Time between two diagnostics, s.", 0.1, 60.0, fixed=True),
+)
+"""Of the FPT node."""
+
+
+def declare_parameters(node: Node, specs: Iterable[Spec]) -> None:
+    """Declare parameters with their descriptors on ``node``."""
+    node.declare_parameters("", [(spec.name, spec.default, _descriptor(spec)) for spec in specs])
+
+
+def _descriptor(spec: Spec) -> ParameterDescriptor:
+    descriptor = ParameterDescriptor(
+        name=spec.name, description=spec.description, read_only=spec.read_only
+    )
+    if spec.fixed:
+        descriptor.additional_constraints = "Can be changed only while the node is unconfigured."
+    if isinstance(spec.default, float):
+        descriptor.floating_point_range = [
+            FloatingPointRange(from_value=spec.minimum, to_value=spec.maximum)
+        ]
+    elif spec.minimum is not None:
+        descriptor.integer_range = [
+            IntegerRange(from_value=spec.minimum, to_value=spec.maximum, step=1)
+        ]
+    return descriptor

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: MIT
+"""Runs one node as a process that ends quietly, with code 0, on SIGINT and SIGTERM.
+
+Imports nothing heavy: libraries that take seconds to import are imported by the caller's
+``load_node_class``, while a signal already ends the process without a traceback.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rclpy.node import Node
+
+
+def run(
+    load_node_class: Callable[[], Callable[[], Node]], args: Sequence[str] | None = None
+) -> int:
+    """Load, make and spin a node until a signal; returns the exit code of the process.
+
+    Wrong command-line arguments and parameters are reported in one line, with exit code 1.
+    """
+    # Until rclpy installs its handlers there is nothing to clean up.
+    for received in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(received, _leave)
+    import rclpy
+    from rclpy.exceptions import ParameterException
+    from rclpy.executors import ExternalShutdownException
+
+    node_class = load_node_class()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    node = None
+    try:
+        rclpy.init(args=None if args is None else list(args))
+        node = node_class()
+        rclpy.spin(node)
+    except (KeyboardInterrupt, ExternalShutdownException):
+        pass
+    except (ParameterException, ValueError) as error:
+        if node is not None:
+            raise  # not about the start: a defect, whose traceback is wanted
+        print(f"cannot start: {error}", file=sys.stderr)
+        return 1
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one must not break the clean-up
+        if node is not None:
+            node.destroy_node()
+        rclpy.try_shutdown()
+    return 0
+
+
+def _leave(*_: Any) -> None:
+    os._exit(0)

@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: MIT
+"""Real nodes as processes, and a real client over the wire, for the node's tests."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import rclpy
+import torch
+from rclpy.executors import SingleThreadedExecutor
+from rclpy.qos import QoSProfile, ReliabilityPolicy
+
+from fpt_model import FlowPokeTransformer, FPTConfig, save_model
+from fpt_ros import environment
+
+# also of this process, whose part in Fast DDS begins with its first node
+os.environ.update(environment.defaults())
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def save_small_model(path: Path) -> Path:
+    """A small model with seeded random weights, all of them in use, as a checkpoint."""
+    torch.manual_seed(5)
+    model = FlowPokeTransformer(
+        FPTConfig(
+            name="fpt-test",
+            encoder="vit_tiny_patch16_224",
+            encoder_kwargs={"depth": 1, "embed_dim": 48, "num_heads": 2},
+            image_size=64,
+            width=32,
+            depth=2,
+            head_dim=16,
+            horizon_s=0.5,
+            kl_threshold=0.05,
+        )
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    save_model(model, path)
+    return path
+
+
+class Process:
+    """A program in a process group of its own, whose output is collected."""
+
+    def __init__(self, command: Sequence[str], domain: int) -> None:
+        self.process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={
+                **os.environ,
+                "ROS_DOMAIN_ID": str(domain),
+                "OMP_NUM_THREADS": "1",
+                "PYTHONUNBUFFERED": "1",
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        self.lines: list[str] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.lines.append(line)
+
+    @property
+    def output(self) -> str:
+        """Everything printed so far."""
+        return "".join(self.lines)
+
+    def wait_for(self, text: str, timeout_s: float = 30.0) -> None:
+        """Wait until ``text`` was printed."""
+        wait_until(
+            lambda: text in self.output,
+            timeout_s,
+            lambda: f"{text!r} was not printed; output:\n{self.output}",
+        )
+
+    def interrupt(self, timeout_s: float = 20.0) -> int:
+        """SIGINT to the whole group, as Ctrl-C does; returns the exit code."""
+        os.killpg(self.process.pid, signal.SIGINT)
+        try:
+            code = self.process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            raise
+        self._reader.join(5.0)
+        return code
+
+
+def python_module(module: str, *ros_args: str) -> list[str]:
+    """The command that runs a node's module with ROS arguments."""
+    return [sys.executable, "-m", module, "--ros-args", *ros_args]
+
+
+def wait_until(
+    condition: Callable[[], bool], timeout_s: float = 10.0, explain: Callable[[], str] = str
+) -> None:
+    """Wait for a condition, AssertionError after ``timeout_s``."""
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end, f"gave up after {timeout_s} s: {explain()}"
+        time.sleep(0.01)
+
+
+class Client:
+    """A node of this process that publishes and collects, spinning in a thread."""
+
+    def __init__(self, domain: int, name: str = "client") -> None:
+        self._context = rclpy.Context()
+        rclpy.init(context=self._context, domain_id=domain)
+        self.node = rclpy.create_node(name, context=self._context)
+        self._executor = SingleThreadedExecutor(context=self._context)
+        self._executor.add_node(self.node)
+        self._thread = threading.Thread(target=self._executor.spin, daemon=True)
+        self._thread.start()
+        self.received: dict[str, list[Any]] = {}
+        self._publishers: dict[str, Any] = {}
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._executor.shutdown()
+        self.node.destroy_node()
+        rclpy.shutdown(context=self._context)
+        self._thread.join(5.0)
+
+    def subscribe(self, msg_type: type, topic: str, qos: QoSProfile | int = 10) -> None:
+        """Collect the topic's messages in ``received``."""
+        messages = self.received.setdefault(topic, [])
+        self.node.create_subscription(msg_type, topic, messages.append, qos)
+
+    def advertise(self, msg_type: type, topic: str, qos: QoSProfile | int = 10) -> None:
+        """Make a publisher, and wait until somebody subscribes to it."""
+        publisher = self.node.create_publisher(msg_type, topic, qos)
+        self._publishers[topic] = publisher
+        wait_until(
+            lambda: publisher.get_subscription_count() > 0,
+            explain=lambda: f"nobody subscribes to {topic}",
+        )
+
+    def publish(self, topic: str, msg: Any) -> None:
+        """Publish on a topic that was advertised."""
+        self._publishers[topic].publish(msg)
+
+    def next(
+        self, topic: str, accept: Callable[[Any], bool] = lambda msg: True, timeout_s: float = 10.0
+    ) -> Any:
+        """The first collected message that is accepted; waits for it."""
+        found: list[Any] = []
+
+        def look() -> bool:
+            found[:] = [msg for msg in list(self.received[topic]) if accept(msg)][:1]
+            return bool(found)
+
+        wait_until(
+            look,
+            timeout_s,
+            lambda: f"{len(self.received[topic])} messages on {topic}, none accepted",
+        )
+        return found[0]
+
+
+SENSOR_QOS = QoSProfile(depth=1, reliability=ReliabilityPolicy.BEST_EFFORT)
