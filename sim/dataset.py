@@ -1,0 +1,371 @@
+# SPDX-License-Identifier: MIT
+"""Samples of simulated worlds as WebDataset shards: writing, checking and decoding.
+
+    python -m sim.dataset --out DIR --split train --images 60000 --size 128 --workers 2
+
+writes DIR/train-000000.tar ... and DIR/manifest-train.json (checksums, settings). A shard depends
+on the split, its index and the settings alone, so shards may be made by any number of workers or
+jobs (`--shards i:n` makes each n-th one, starting with i); finished ones are kept when the command
+is repeated.
+
+An image's members: rgb.jpg, depth.png (uint16, `depth_scale` metres a step, 0 = none), bodies.png
+(uint8), body_motion.npy [F, n, 4, 4], camera_motion.npy [F, 4, 4] and meta.json. Conventions are
+those of `sim.flow`. Reading needs neither MuJoCo nor OpenGL.
+"""
+
+import argparse
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from sim.flow import PointFlow, moving_bodies, point_flow
+from sim.kinds import HELD_OUT_KINDS, TRAIN_KINDS
+
+SPLITS: dict[str, tuple[str, ...]] = {
+    "train": TRAIN_KINDS,
+    "val": TRAIN_KINDS,
+    "held_out": HELD_OUT_KINDS,
+}
+"""Kinds of each split; "val" has the kinds of "train" under other seeds."""
+
+FORMAT = 1
+"""Version of the shards' layout, in each manifest."""
+
+
+# Reading ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StoredSample:
+    """One image with its futures. Shapes and frames as in `sim.flow`."""
+
+    rgb: NDArray[np.uint8]  # [H, W, 3]
+    depth: NDArray[np.float32]  # [H, W] metres, 0 = no surface
+    bodies: NDArray[np.uint8]  # [H, W], 0 = static world
+    intrinsics: NDArray[np.float64]  # K [3, 3]
+    camera_pose: NDArray[np.float64]  # [4, 4]
+    body_motion: NDArray[np.float32]  # [F, n, 4, 4]
+    camera_motion: NDArray[np.float32]  # [F, 4, 4]
+    kind: str
+    seed: int
+
+    @property
+    def futures(self) -> int:
+        """Number of futures F."""
+        return len(self.camera_motion)
+
+    @property
+    def moving(self) -> NDArray[np.bool_]:
+        """[F, n] which bodies move in which future."""
+        return moving_bodies(self.body_motion)
+
+    @property
+    def camera_static(self) -> NDArray[np.bool_]:
+        """[F] futures without camera motion."""
+        return ~moving_bodies(self.camera_motion)
+
+    def flow_at(self, future: int, xy: NDArray[np.integer]) -> PointFlow:
+        """True flow of a future at whole pixels `xy` [M, 2] (u, v)."""
+        u, v = xy[:, 0], xy[:, 1]
+        return point_flow(
+            xy,
+            self.depth[v, u],
+            self.bodies[v, u],
+            self.intrinsics,
+            (self.depth.shape[0], self.depth.shape[1]),
+            self.camera_pose,
+            self.body_motion[future],
+            self.camera_motion[future],
+        )
+
+
+def read_sample(members: Mapping[str, Any]) -> StoredSample:
+    """Decodes one raw WebDataset sample (member name -> bytes); others such as __key__ are ignored.
+
+    Raises:
+        ValueError: a member is missing or damaged; the message names it.
+    """
+    try:
+        meta = json.loads(members["meta.json"])
+        rgb = _decode_picture(members, "rgb.jpg", cv2.IMREAD_COLOR)
+        depth = _decode_picture(members, "depth.png", cv2.IMREAD_UNCHANGED)
+        bodies = _decode_picture(members, "bodies.png", cv2.IMREAD_UNCHANGED)
+        body_motion = np.load(io.BytesIO(members["body_motion.npy"]), allow_pickle=False)
+        camera_motion = np.load(io.BytesIO(members["camera_motion.npy"]), allow_pickle=False)
+    except KeyError as error:
+        key = members.get("__key__", "?")
+        raise ValueError(f"sample {key}: member {error} is missing, has {sorted(members)}") from None
+    return StoredSample(
+        rgb=cv2.cvtColor(rgb, cv2.COLOR_BGR2RGB),
+        depth=depth * np.float32(meta["depth_scale"]),
+        bodies=bodies,
+        intrinsics=np.array(meta["intrinsics"]),
+        camera_pose=np.array(meta["camera_pose"]),
+        body_motion=body_motion,
+        camera_motion=camera_motion,
+        kind=meta["kind"],
+        seed=meta["seed"],
+    )
+
+
+def _decode_picture(members: Mapping[str, Any], name: str, mode: int) -> NDArray:
+    picture = cv2.imdecode(np.frombuffer(members[name], np.uint8), mode)
+    if picture is None:
+        raise ValueError(f"sample {members.get('__key__', '?')}: cannot decode {name}")
+    return picture
+
+
+def iterate_shard(path: Path) -> Iterator[StoredSample]:
+    """The samples of one shard in order."""
+    from webdataset.tariterators import group_by_keys, tar_file_iterator
+
+    with path.open("rb") as stream:
+        for members in group_by_keys(tar_file_iterator(stream)):
+            yield read_sample(members)
+
+
+# Writing ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the contents of shards depend on, besides split and index."""
+
+    size: int = 128  # pixels, width and height
+    futures: int = 8  # an image
+    images_per_world: int = 4  # a world is drawn anew (camera, state, looks) so often
+    images_per_shard: int = 500
+    camera_motion_probability: float = 0.15
+
+
+def _encode(extension: str, picture: NDArray, *options: int) -> bytes:
+    done, data = cv2.imencode(extension, picture, options)
+    if not done:
+        raise RuntimeError(f"cannot encode a picture of shape {picture.shape} as {extension}")
+    return data.tobytes()
+
+
+def _npy(array: NDArray) -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, array)
+    return stream.getvalue()
+
+
+def generate(split: str, shard: int, settings: Settings) -> Iterator[dict[str, Any]]:
+    """The samples of a shard as WebDataset dictionaries."""
+    from sim.simulator import Simulator
+
+    kinds = SPLITS[split]
+    world = None
+    for i in range(settings.images_per_shard):
+        number = shard * settings.images_per_shard + i
+        if i % settings.images_per_world == 0:
+            kind = kinds[number // settings.images_per_world % len(kinds)]
+            seed = number * len(SPLITS) + list(SPLITS).index(split)
+            rng = np.random.default_rng([seed, 1])
+            world = Simulator(kind, seed, (settings.size, settings.size))
+        else:
+            world.rerandomize(rng)
+        frame = world.render()
+        futures = [
+            world.sample_future(rng, settings.camera_motion_probability)
+            for _ in range(settings.futures)
+        ]
+        # The scale keeps the relative error of near surfaces below that of float16.
+        depth_scale = max(float(frame.depth.max()), 1e-3) / 65535
+        meta = {
+            "kind": world.kind,
+            "seed": seed,
+            "depth_scale": depth_scale,
+            "intrinsics": frame.intrinsics.tolist(),
+            "camera_pose": frame.camera_pose.tolist(),
+            "descriptions": [future.description for future in futures],
+        }
+        yield {
+            "__key__": f"{split}-{number:08d}",
+            "rgb.jpg": _encode(".jpg", frame.rgb[..., ::-1], cv2.IMWRITE_JPEG_QUALITY, 95),
+            "depth.png": _encode(
+                ".png",
+                np.rint(frame.depth / depth_scale).astype(np.uint16),
+                cv2.IMWRITE_PNG_COMPRESSION,
+                1,
+            ),
+            "bodies.png": _encode(".png", frame.bodies, cv2.IMWRITE_PNG_COMPRESSION, 3),
+            "body_motion.npy": _npy(np.stack([f.body_motion for f in futures])),
+            "camera_motion.npy": _npy(np.stack([f.camera_motion for f in futures])),
+            "meta.json": json.dumps(meta).encode(),
+        }
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _write_shard(job: tuple[Path, str, int, Settings]) -> int:
+    """Writes one shard unless it is there already; returns its number of images."""
+    import webdataset
+
+    out, split, shard, settings = job
+    path = out / f"{split}-{shard:06d}.tar"
+    note = path.with_suffix(".json")
+    if not _finished(path, note, settings):
+        cv2.setNumThreads(1)
+        partial = path.with_suffix(".tar.partial")
+        with webdataset.TarWriter(str(partial), user="fpt", group="fpt", mtime=0.0) as writer:
+            for sample in generate(split, shard, settings):
+                writer.write(sample)
+        record = {
+            "file": path.name,
+            "images": settings.images_per_shard,
+            "sha256": sha256(partial),
+            "settings": asdict(settings),
+        }
+        os.replace(partial, path)
+        note.write_text(json.dumps(record))
+    return settings.images_per_shard
+
+
+def _finished(path: Path, note: Path, settings: Settings) -> bool:
+    if not (path.exists() and note.exists()):
+        return False
+    found = json.loads(note.read_text())["settings"]
+    if found != asdict(settings):
+        raise ValueError(
+            f"{path} was made with {found}, not {asdict(settings)}: choose another --out"
+        )
+    return True
+
+
+def write_manifest(out: Path, split: str, shards: int) -> dict[str, Any]:
+    """Gathers the finished shards of a split in manifest-<split>.json and returns its contents."""
+    notes = [out / f"{split}-{i:06d}.json" for i in range(shards)]
+    records = [json.loads(note.read_text()) for note in notes if note.exists()]
+    manifest = {
+        "format": FORMAT,
+        "split": split,
+        "kinds": SPLITS[split],
+        "complete": len(records) == shards,
+        "images": sum(r["images"] for r in records),
+        "settings": records[0]["settings"] if records else None,
+        "shards": [{k: r[k] for k in ("file", "images", "sha256")} for r in records],
+    }
+    (out / f"manifest-{split}.json").write_text(json.dumps(manifest, indent=1) + "\n")
+    return manifest
+
+
+def write_dataset(
+    out: Path,
+    split: str,
+    images: int,
+    settings: Settings | None = None,
+    workers: int = 1,
+    job: tuple[int, int] = (0, 1),
+) -> dict[str, Any]:
+    """Writes the shards of a split that are not there yet; returns the manifest.
+
+    Args:
+        out: directory, made if needed.
+        images: wanted, rounded up to whole shards.
+        workers: processes.
+        job: (i, n): only each n-th shard from i on, for job arrays.
+
+    Raises:
+        ValueError: unknown split, bad numbers, or shards of other settings in `out`.
+    """
+    from tqdm import tqdm
+
+    settings = settings or Settings()
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}, expected one of {tuple(SPLITS)}")
+    if images < 1 or workers < 1:
+        raise ValueError(f"images and workers must be positive, got {images} and {workers}")
+    if not 0 <= job[0] < job[1]:
+        raise ValueError(f"job must be (i, n) with 0 <= i < n, got {job}")
+    out.mkdir(parents=True, exist_ok=True)
+    shards = -(-images // settings.images_per_shard)
+    jobs = [(out, split, i, settings) for i in range(job[0], shards, job[1])]
+    total = len(jobs) * settings.images_per_shard
+    with tqdm(total=total, unit="image", desc=split, smoothing=0.05) as progress:
+        if workers == 1:
+            for item in jobs:
+                progress.update(_write_shard(item))
+        else:
+            # Fresh processes: OpenGL contexts do not survive a fork.
+            with multiprocessing.get_context("spawn").Pool(workers) as pool:
+                for count in pool.imap_unordered(_write_shard, jobs):
+                    progress.update(count)
+    return write_manifest(out, split, shards)
+
+
+def verify(out: Path, split: str) -> None:
+    """Compares the checksums of a split's manifest with its files; ValueError names differences."""
+    manifest = json.loads((out / f"manifest-{split}.json").read_text())
+    for record in manifest["shards"]:
+        found = sha256(out / record["file"])
+        if found != record["sha256"]:
+            raise ValueError(
+                f"{out / record['file']} has sha256 {found}, the manifest says {record['sha256']}"
+            )
+
+
+def _job(text: str) -> tuple[int, int]:
+    try:
+        i, n = (int(part) for part in text.split(":"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected i:n such as 0:4, got {text!r}") from None
+    return i, n
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    default = Settings()
+    parser.add_argument("--out", type=Path, required=True, help="directory for the shards")
+    parser.add_argument("--split", choices=tuple(SPLITS), required=True)
+    parser.add_argument("--images", type=int, required=True, help="rounded up to whole shards")
+    parser.add_argument("--size", type=int, default=default.size, help="side in pixels")
+    parser.add_argument("--futures", type=int, default=default.futures, help="per image")
+    parser.add_argument("--images-per-world", type=int, default=default.images_per_world)
+    parser.add_argument("--images-per-shard", type=int, default=default.images_per_shard)
+    parser.add_argument(
+        "--camera-motion",
+        type=float,
+        default=default.camera_motion_probability,
+        help="share of futures with a moving camera",
+    )
+    parser.add_argument("--workers", type=int, default=1, help="processes")
+    parser.add_argument(
+        "--shards", type=_job, default=(0, 1), metavar="i:n", help="each n-th shard from i on"
+    )
+    parser.add_argument("--verify", action="store_true", help="check the files' checksums at the end")
+    args = parser.parse_args()
+    settings = Settings(
+        size=args.size,
+        futures=args.futures,
+        images_per_world=args.images_per_world,
+        images_per_shard=args.images_per_shard,
+        camera_motion_probability=args.camera_motion,
+    )
+    manifest = write_dataset(
+        args.out, args.split, args.images, settings, args.workers, args.shards
+    )
+    if args.verify:
+        verify(args.out, args.split)
+    state = "complete" if manifest["complete"] else "not yet complete"
+    print(f"{args.out}: {manifest['images']} {args.split} images, {state}")
+
+
+if __name__ == "__main__":
+    main()

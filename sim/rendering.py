@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: MIT
+"""Off-screen pictures of worlds: one OpenGL context a thread, shared by all worlds."""
+
+import ctypes.util
+import os
+import threading
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+_INSTALL = (
+    "Off-screen rendering needs EGL or OSMesa. On Debian or Ubuntu install them with\n"
+    "    sudo apt-get install libegl1 libegl-mesa0 libgl1-mesa-dri\n"
+    "or, for software rendering without EGL,\n"
+    "    sudo apt-get install libosmesa6"
+)
+
+
+def _choose_backend() -> None:
+    """Sets MUJOCO_GL before MuJoCo is imported, unless the user has chosen."""
+    if os.environ.get("MUJOCO_GL"):
+        return
+    if ctypes.util.find_library("EGL"):
+        os.environ["MUJOCO_GL"] = "egl"
+    elif ctypes.util.find_library("OSMesa"):
+        os.environ["MUJOCO_GL"] = "osmesa"
+    else:
+        raise RuntimeError(f"neither libEGL nor libOSMesa was found. {_INSTALL}")
+
+
+_choose_backend()
+
+import mujoco  # noqa: E402  (after the choice of its OpenGL backend)
+
+from sim.builder import COLLISION_ONLY_GROUP, MESH_SLOTS  # noqa: E402
+from sim.world import FAR, NEAR, add_slots  # noqa: E402
+
+SUPERSAMPLING = 2
+_MAX_GEOMS = 1000
+_local = threading.local()
+
+
+class Layers(NamedTuple):
+    """Geometry of a picture."""
+
+    depth: NDArray[np.float32]  # [H, W] metres along the optical axis, 0 for no surface
+    geoms: NDArray[np.int32]  # [H, W] geom ids, -1 for none
+
+
+class Studio:
+    """OpenGL and MuJoCo render contexts for pictures up to `size` (height, width)."""
+
+    def __init__(self, size: tuple[int, int]) -> None:
+        height, width = (SUPERSAMPLING * i for i in size)
+        spec = mujoco.MjSpec()
+        add_slots(spec)
+        for i in range(MESH_SLOTS):
+            spec.add_mesh(name=f"mesh{i}").make_cone(3, 1)
+        spec.visual.global_.offheight = height
+        spec.visual.global_.offwidth = width
+        model = spec.compile()
+        self.size = size
+        self._owner: object = None
+        try:
+            self._gl = mujoco.GLContext(width, height)
+            self._gl.make_current()
+            self._context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_50.value)
+        except Exception as error:
+            backend = os.environ.get("MUJOCO_GL")
+            raise RuntimeError(f"OpenGL backend {backend!r} failed: {error}. {_INSTALL}") from error
+        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN.value, self._context)
+        self._context.readDepthMap = mujoco.mjtDepthMap.mjDEPTH_ZEROFAR
+        self._scene = mujoco.MjvScene(model, maxgeom=_MAX_GEOMS)
+        self._option = mujoco.MjvOption()
+        self._option.geomgroup[COLLISION_ONLY_GROUP] = 0
+        self._camera = mujoco.MjvCamera()
+        self._camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
+        self._camera.fixedcamid = 0
+
+    def update(self, model: mujoco.MjModel, data: mujoco.MjData, shadows: bool) -> None:
+        """Loads the state of a world; textures and meshes only if another world was shown."""
+        self._gl.make_current()
+        if self._owner is not model:
+            for i in range(model.ntex):
+                mujoco.mjr_uploadTexture(model, self._context, i)
+            for i in range(model.nmesh):
+                mujoco.mjr_uploadMesh(model, self._context, i)
+            self._owner = model
+        category = mujoco.mjtCatBit.mjCAT_ALL.value
+        mujoco.mjv_updateScene(
+            model, data, self._option, None, self._camera, category, self._scene
+        )
+        self._scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = shadows
+        self._scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = False
+
+    def rgb(self, size: tuple[int, int]) -> NDArray[np.uint8]:
+        """[H, W, 3] picture of the loaded state, averaged from twice the size."""
+        height, width = (SUPERSAMPLING * i for i in size)
+        picture = np.empty((height, width, 3), np.uint8)
+        rect = mujoco.MjrRect(0, 0, width, height)
+        mujoco.mjr_render(rect, self._scene, self._context)
+        mujoco.mjr_readPixels(picture, None, rect, self._context)
+        blocks = picture[::-1].reshape(size[0], SUPERSAMPLING, size[1], SUPERSAMPLING, 3)
+        total = blocks.astype(np.uint16).sum((1, 3), dtype=np.uint16)
+        return ((total + SUPERSAMPLING**2 // 2) // SUPERSAMPLING**2).astype(np.uint8)
+
+    def layers(self, size: tuple[int, int]) -> Layers:
+        """Depth and geom ids of the loaded state, of the surface at each pixel's centre."""
+        height, width = size
+        colour = np.empty((height, width, 3), np.uint8)
+        buffer = np.empty((height, width), np.float32)
+        rect = mujoco.MjrRect(0, 0, width, height)
+        for flag in (mujoco.mjtRndFlag.mjRND_SEGMENT, mujoco.mjtRndFlag.mjRND_IDCOLOR):
+            self._scene.flags[flag] = True
+        try:
+            mujoco.mjr_render(rect, self._scene, self._context)
+        finally:
+            for flag in (mujoco.mjtRndFlag.mjRND_SEGMENT, mujoco.mjtRndFlag.mjRND_IDCOLOR):
+                self._scene.flags[flag] = False
+        mujoco.mjr_readPixels(colour, buffer, rect, self._context)
+        code = colour[::-1].astype(np.int32)
+        segment = code[..., 0] + (code[..., 1] << 8) + (code[..., 2] << 16)  # 0: no surface
+        table = np.full(self._scene.ngeom + 1, -1, np.int32)
+        for i in range(self._scene.ngeom):
+            geom = self._scene.geoms[i]
+            if geom.segid >= 0 and geom.objtype == mujoco.mjtObj.mjOBJ_GEOM:
+                table[geom.segid + 1] = geom.objid
+        geoms = table[segment]
+        # Reversed z: the buffer holds near (far - z) / (z (far - near)) in 0 (far) .. 1 (near).
+        inverse = buffer[::-1].astype(np.float64) * (1 / NEAR - 1 / FAR) + 1 / FAR
+        depth = np.where(geoms >= 0, 1 / inverse, 0).astype(np.float32)
+        return Layers(depth, geoms)
+
+
+def studio(size: tuple[int, int]) -> Studio:
+    """This thread's studio, made anew only when a larger picture than before is wanted."""
+    current = getattr(_local, "studio", None)
+    if current is None or current.size[0] < size[0] or current.size[1] < size[1]:
+        if current is not None:
+            size = (max(size[0], current.size[0]), max(size[1], current.size[1]))
+        current = _local.studio = Studio(size)
+    return current

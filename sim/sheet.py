@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: MIT
+"""Contact sheets: `python -m sim.sheet --kind drawer --out sheet.png` shows what a kind gives.
+
+A row holds, for two worlds: picture, true flow (colour wheel, scaled to the strongest), the
+picture afterwards, and the body mask.
+"""
+
+import argparse
+from pathlib import Path
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from sim.kinds import HELD_OUT_KINDS, TRAIN_KINDS
+from sim.simulator import Simulator
+
+
+def flow_colours(flow: NDArray[np.floating]) -> NDArray[np.uint8]:
+    """[H, W, 3] RGB of a flow [H, W, 2]: hue is the direction, saturation the relative length."""
+    length = np.linalg.norm(flow, axis=-1)
+    hue = (np.degrees(np.arctan2(flow[..., 1], flow[..., 0])) / 2) % 180
+    full = max(float(length.max()), 1e-9)
+    hsv = np.stack([hue, 255 * length / full, np.full_like(length, 255)], -1)
+    return cv2.cvtColor(hsv.astype(np.uint8), cv2.COLOR_HSV2RGB)
+
+
+def sheet(kind: str, seeds: range, size: int = 160, columns: int = 2) -> NDArray[np.uint8]:
+    """RGB picture of the worlds of `kind` with the given seeds."""
+    palette = np.random.default_rng(1).integers(40, 256, (256, 3)).astype(np.uint8)
+    palette[0] = 20
+    tiles = []
+    for seed in seeds:
+        world = Simulator(kind, seed, (size, size))
+        frame = world.render()
+        future = world.sample_future(np.random.default_rng(seed), 0.1)
+        truth = world.truth(frame, future)
+        colours = flow_colours(truth.flow)
+        strongest = float(np.linalg.norm(truth.flow, axis=-1).max())
+        cv2.putText(colours, f"{strongest:.2f}", (2, 12), 0, 0.4, (0, 0, 0))
+        row = [frame.rgb, colours, truth.next.rgb, palette[frame.bodies]]
+        tiles.append(np.concatenate(row, axis=1))
+    while len(tiles) % columns:
+        tiles.append(np.zeros_like(tiles[0]))
+    rows = [np.concatenate(tiles[i : i + columns], 1) for i in range(0, len(tiles), columns)]
+    return np.concatenate(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kind", choices=TRAIN_KINDS + HELD_OUT_KINDS, required=True)
+    parser.add_argument("--first", type=int, default=0, help="first seed")
+    parser.add_argument("--count", type=int, default=12, help="number of worlds")
+    parser.add_argument("--size", type=int, default=160, help="tile side in pixels")
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    picture = sheet(args.kind, range(args.first, args.first + args.count), args.size)
+    cv2.imwrite(str(args.out), picture[..., ::-1])
+
+
+if __name__ == "__main__":
+    main()

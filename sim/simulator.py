@@ -1,0 +1,597 @@
+# SPDX-License-Identifier: MIT
+"""`Simulator`: one random world, its pictures, its possible futures and their true flow."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sim import rendering  # before mujoco: chooses the OpenGL backend
+
+import mujoco  # isort: skip
+
+from sim.builder import FreeBody
+from sim.flow import dense_flow, moving_bodies, point_flow
+from sim.textures import random_colour
+from sim.world import BACKDROP, CUBE_TEXTURES, LIGHTS, PLAIN_MATERIALS, PLANE_TEXTURES, build_world
+
+HORIZON_S = 1.0
+"""Time between a picture and its future."""
+
+# Optical frame (x right, y down, z forward) in MuJoCo's camera frame (x right, y up, z backward).
+_OPTICAL = np.diag([1.0, -1.0, -1.0])
+_VISIBLE_SHARE = 0.004  # of the picture: a part below is not chosen to move
+_SUBJECT_SHARE = (0.02, 0.8)  # of the picture, wanted for the movable parts together
+_MAX_FLOW = 0.8  # futures in which a visible point moves farther are drawn anew
+_OCCLUSION_TOLERANCE = 0.01  # relative depth difference that still counts as the same surface
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A picture with its geometry. Conventions: `sim.flow`."""
+
+    rgb: NDArray[np.uint8]  # [H, W, 3]
+    depth: NDArray[np.float32]  # [H, W] metres, 0 = no surface
+    bodies: NDArray[np.uint8]  # [H, W], 0 = static world
+    intrinsics: NDArray[np.float64]  # K [3, 3] pixels
+    camera_pose: NDArray[np.float64]  # [4, 4] optical frame in the world
+
+
+@dataclass(frozen=True)
+class Future:
+    """One way in which a frame may go on within `HORIZON_S`."""
+
+    body_motion: NDArray[np.float32]  # [n, 4, 4] world-frame rigid motions, body 0 static
+    camera_motion: NDArray[np.float32]  # [4, 4], identity for a static camera
+    description: str
+    qpos: NDArray[np.float64]  # the state of the world afterwards
+
+    @property
+    def moving(self) -> NDArray[np.bool_]:
+        """[n] which bodies move."""
+        return moving_bodies(self.body_motion)
+
+
+@dataclass(frozen=True)
+class Truth:
+    """True motion of each pixel of a frame under a future."""
+
+    flow: NDArray[np.float32]  # [H, W, 2] fractions of width and height
+    scene_flow: NDArray[np.float32]  # [H, W, 3] metres in the optical frame
+    moving: NDArray[np.bool_]  # [H, W] on a moving body
+    occluded: NDArray[np.bool_]  # [H, W] hidden by something, or out of the picture afterwards
+    next: Frame
+
+
+def _rigid(rotation: NDArray, translation: NDArray) -> NDArray[np.float64]:
+    result = np.eye(4)
+    result[:3, :3] = rotation
+    result[:3, 3] = translation
+    return result
+
+
+def _rotation(vector: NDArray) -> NDArray[np.float64]:
+    """Rotation matrix of a rotation vector (axis times radians)."""
+    angle = float(np.linalg.norm(vector))
+    quat, matrix = np.empty(4), np.empty(9)
+    axis = vector / angle if angle > 0 else np.array([1.0, 0, 0])
+    mujoco.mju_axisAngle2Quat(quat, axis, angle)
+    mujoco.mju_quat2Mat(matrix, quat)
+    return matrix.reshape(3, 3)
+
+
+class Simulator:
+    """A random world with a main asset of `kind`; the same for the same (kind, seed, size).
+
+    Args:
+        kind: one of `TRAIN_KINDS` or `HELD_OUT_KINDS`.
+        seed: of all random choices, non-negative.
+        size: (height, width) of the pictures in pixels.
+
+    Raises:
+        ValueError: unknown kind, negative seed or empty size.
+        RuntimeError: no OpenGL library for off-screen rendering; the message names the packages.
+    """
+
+    def __init__(self, kind: str, seed: int, size: tuple[int, int] = (128, 128)) -> None:
+        height, width = size
+        if height < 1 or width < 1:
+            raise ValueError(f"size must be (height, width) of at least 1, got {size}")
+        if seed < 0:
+            raise ValueError(f"seed must be non-negative, got {seed}")
+        self.kind = kind
+        self.size = (int(height), int(width))
+        rng = np.random.default_rng([seed, *kind.encode()])
+        self._world = build_world(kind, rng)
+        self.model = self._world.model
+        self.data = mujoco.MjData(self.model)
+        self._scratch = mujoco.MjData(self.model)
+        self._body_of_geom = self._movable_bodies()[self.model.geom_bodyid].astype(np.uint8)
+        self._body_of_part = np.array([p.body.id for p in self._world.parts])
+        self._shadows = False
+        self._camera_distance = 1.0
+        self._frame: Frame | None = None
+        self._index_parts()
+        self.rerandomize(rng)
+
+    # State ----------------------------------------------------------------------------------
+
+    @property
+    def number_of_bodies(self) -> int:
+        """Length of `Future.body_motion`."""
+        return int(self.model.nbody)
+
+    def _movable_bodies(self) -> NDArray[np.int64]:
+        """[nbody] each body's own id if a joint moves it, 0 if it is static."""
+        model = self.model
+        movable = np.zeros(model.nbody, np.int64)
+        for body in range(1, model.nbody):
+            if model.body_dofnum[body] or movable[model.body_parentid[body]]:
+                movable[body] = body
+        return movable
+
+    def _index_parts(self) -> None:
+        """Caches what futures ask for each part: addresses, limits, the bodies it carries."""
+        model = self.model
+        joints = [part.joint.id for part in self._world.parts]
+        self._qpos_of_part = model.jnt_qposadr[joints]
+        self._range_of_part = model.jnt_range[joints]
+        carried = np.zeros((len(joints), model.nbody), bool)
+        for row, body in enumerate(self._body_of_part):
+            carried[row, body] = True
+            for child in range(body + 1, model.nbody):
+                carried[row, child] = carried[row, model.body_parentid[child]]
+        self._carried_by_part = carried
+
+    def rerandomize(self, rng: np.random.Generator) -> None:
+        """Draws joint state, layout of free bodies, materials, lights and camera anew."""
+        self._frame = None
+        self._randomize_state(rng)
+        mujoco.mj_forward(self.model, self.data)
+        self._randomize_looks(rng)
+        self._randomize_lights(rng)
+        self._randomize_camera(rng)
+
+    def _randomize_state(self, rng: np.random.Generator) -> None:
+        mujoco.mj_resetData(self.model, self.data)
+        closed = rng.random() < 0.4  # everything at rest at once, as one finds furniture
+        for i, part in enumerate(self._world.parts):
+            if part.free:
+                continue
+            low, high = self._range_of_part[i]
+            if closed and part.rest > 0.25 or rng.random() < part.rest:
+                value = part.home
+            else:
+                value = rng.uniform(low, high)
+            self.data.qpos[self._qpos_of_part[i]] = np.clip(value, low, high)
+        self._lay_out(rng, list(self._world.free_bodies))
+
+    def _lay_out(self, rng: np.random.Generator, bodies: list[FreeBody]) -> None:
+        """Stands free bodies on the support, now and then one on another, without overlap."""
+        origin = self._world.main_centre[:2]
+        reach = self._world.support_radius
+        taken: list[tuple[NDArray, float, float]] = []  # centre, radius, height of the top or 0
+        for i in rng.permutation(len(bodies)):
+            body = bodies[i]
+            choice = int(rng.integers(len(body.poses))) if rng.random() < 0.5 else 0
+            pose = body.poses[choice]
+            bases = [t for t in taken if t[2] > 0 and t[1] > body.radius * 0.8]
+            if bases and choice == 0 and rng.random() < 0.35:  # on top of another
+                k = int(rng.integers(len(bases)))
+                xy, level = bases[k][0] + rng.normal(0, 0.1, 2) * bases[k][1] * 0.5, bases[k][2]
+                taken = [t for t in taken if t is not bases[k]]
+                taken.append((bases[k][0], bases[k][1], 0.0))
+            else:
+                level = 0.0
+                spread = reach
+                for attempt in range(60):
+                    xy = origin + rng.uniform(-1, 1, 2) * max(spread - body.radius * 0.5, 0)
+                    if all(np.linalg.norm(xy - t[0]) > t[1] + body.radius for t in taken):
+                        break
+                    spread *= 1.02
+                else:
+                    xy = origin + np.array([0.0, spread + 2 * body.radius * len(taken)])
+            top = level + body.height if body.flat_top and choice == 0 else 0.0
+            taken.append((xy, body.radius, top))
+            address = self.model.jnt_qposadr[body.part.joint.id]
+            heading = rng.uniform(-np.pi, np.pi)
+            yaw = np.array([np.cos(heading / 2), 0, 0, np.sin(heading / 2)])
+            quat = np.empty(4)
+            mujoco.mju_mulQuat(quat, yaw, np.array(pose.quat))
+            self.data.qpos[address : address + 3] = (*xy, level + pose.height)
+            self.data.qpos[address + 3 : address + 7] = quat
+
+    def _randomize_looks(self, rng: np.random.Generator) -> None:
+        model = self.model
+        textured = CUBE_TEXTURES + PLANE_TEXTURES
+        count = textured + PLAIN_MATERIALS
+        colours = np.stack([random_colour(rng) for _ in range(count)])
+        if rng.random() < 0.12:  # neighbours of almost the same colour
+            colours[textured:] = colours[textured] + rng.normal(0, 0.04, (PLAIN_MATERIALS, 3))
+        # Textures keep their own colours, with a light tint.
+        tint = 1 - rng.uniform(0, 0.5, (textured, 1)) * rng.random((textured, 3))
+        model.mat_rgba[:textured, :3] = tint
+        model.mat_rgba[textured:, :3] = np.clip(colours[textured:], 0.02, 1)
+        shine = rng.random((count, 2)) * (rng.random((count, 1)) < 0.5)
+        model.mat_specular[:], model.mat_shininess[:] = shine[:, 0], shine[:, 1]
+
+        cubes = np.arange(CUBE_TEXTURES)
+        planes = np.arange(CUBE_TEXTURES, textured)
+        plains = np.arange(textured, count)
+        plain_share = rng.uniform(0.1, 0.9)
+        uniform = rng.random(16) < 0.12  # assets of one material throughout
+        chosen: dict[tuple, int] = {}
+        for geom, (asset, look, index) in self._world.looks:
+            key: tuple = (asset, look, index)
+            if asset != BACKDROP and uniform[asset]:
+                key = (asset,)
+            elif look not in ("prop", "free", "picture"):
+                # Fronts, handles... of an asset are mostly alike.
+                alike = chosen.setdefault((asset, look, "alike"), int(rng.random() < 0.7))
+                key = (asset, look) if alike else key
+            if key not in chosen:
+                flat = look in ("floor", "wall", "sidewall") and asset == BACKDROP
+                pool = plains if rng.random() < plain_share else planes if flat else cubes
+                chosen[key] = int(rng.choice(pool))
+            model.geom_matid[geom] = chosen[key]
+
+    def _randomize_lights(self, rng: np.random.Generator) -> None:
+        model, data = self.model, self.data
+        count = int(rng.integers(1, LIGHTS + 1))
+        strength = rng.dirichlet(np.ones(count)) * rng.uniform(0.5, 1.1)
+        self._shadows = bool(rng.random() < 0.12)
+        for i in range(LIGHTS):
+            active = i < count
+            model.light_active[i] = active
+            if not active:
+                continue
+            colour = 1 - rng.uniform(0, 0.35) * rng.random(3)
+            model.light_diffuse[i] = strength[i] * colour
+            model.light_specular[i] = rng.uniform(0, 0.5) * colour
+            model.light_ambient[i] = 0
+            model.light_castshadow[i] = self._shadows and i == 0
+            azimuth, elevation = rng.uniform(0, 2 * np.pi), rng.uniform(0.25, 1.5)
+            if self._world.walled:  # from the room's side
+                azimuth = rng.uniform(np.pi, 2 * np.pi)
+            towards = np.array(
+                [
+                    np.cos(elevation) * np.cos(azimuth),
+                    np.cos(elevation) * np.sin(azimuth),
+                    np.sin(elevation),
+                ]
+            )
+            distance = 4 * max(self._world.main_extent.x, self._world.main_extent.z)
+            data.light_xpos[i] = self._world.main_centre + distance * towards
+            data.light_xdir[i] = -towards
+        headlight = model.vis.headlight
+        headlight.ambient[:] = rng.uniform(0.15, 0.55)
+        headlight.diffuse[:] = rng.uniform(0, 0.5)
+        headlight.specular[:] = rng.uniform(0, 0.3)
+
+    # Camera ---------------------------------------------------------------------------------
+
+    def _randomize_camera(self, rng: np.random.Generator) -> None:
+        """Looks for a view in which the movable parts are neither tiny nor all there is."""
+        best, best_error = None, np.inf
+        for _ in range(5):
+            pose, fovy, distance = self._draw_camera(rng)
+            self._set_camera(pose, fovy)
+            share = np.count_nonzero(self._layers()[1]) / np.prod(self.size)
+            low, high = _SUBJECT_SHARE
+            error = max(low - share, share - high, 0.0)
+            if error < best_error:
+                best, best_error = (pose, fovy, distance), error
+            if error == 0:
+                break
+        assert best is not None
+        self._set_camera(best[0], best[1])
+        self._camera_distance = best[2]
+
+    def _draw_camera(self, rng: np.random.Generator) -> tuple[NDArray[np.float64], float, float]:
+        """Returns pose [4, 4] of the optical frame, vertical field of view (rad), distance (m)."""
+        model, data, world = self.model, self.data, self._world
+        own = [i for i, part in enumerate(world.parts) if part.asset == 0]
+        if rng.random() < 0.35 and own:  # one part, close
+            bodies = self._carried_by_part[own[int(rng.integers(len(own)))]]
+        elif self.kind in ("body", "arm") or rng.random() < 0.3:  # all movable parts
+            bodies = self._carried_by_part[own].any(0)
+        else:
+            bodies = np.zeros(model.nbody, bool)
+        geoms = np.flatnonzero(bodies[model.geom_bodyid])
+        if len(geoms):
+            low = (data.geom_xpos[geoms] - model.geom_rbound[geoms, None] * 0.7).min(0)
+            high = (data.geom_xpos[geoms] + model.geom_rbound[geoms, None] * 0.7).max(0)
+            centre, radius = (low + high) / 2, float(np.linalg.norm(high - low)) / 2
+        else:
+            extent = world.main_extent
+            centre = world.main_centre
+            radius = float(np.linalg.norm([extent.x, extent.y, extent.z / 2]))
+        fovy = np.deg2rad(np.exp(rng.uniform(np.log(18), np.log(75))))
+        aspect = self.size[1] / self.size[0]
+        narrow = fovy if aspect >= 1 else 2 * np.arctan(np.tan(fovy / 2) * aspect)
+        distance = radius / np.sin(narrow / 2) * np.exp(rng.uniform(np.log(0.75), np.log(1.9)))
+        around = world.walled or self.kind not in ("body", "arm", "turntable")
+        azimuth = rng.normal(0, 0.5) if around else rng.uniform(-np.pi, np.pi)
+        azimuth = world.front + np.clip(azimuth, -1.2, 1.2) if around else azimuth
+        level = (0.1, 1.35) if self.kind == "body" else (-0.05, 1.1)
+        elevation = rng.uniform(*level)
+        if rng.random() < 0.04:
+            elevation = rng.uniform(1.3, 1.55)  # from above
+        away = np.array(
+            [
+                np.cos(elevation) * np.sin(azimuth),
+                -np.cos(elevation) * np.cos(azimuth),
+                np.sin(elevation),
+            ]
+        )
+        position = centre + distance * away
+        position[2] = max(position[2], 0.05 * distance)
+        target = centre + rng.normal(0, 0.12, 3) * distance * np.tan(narrow / 2)
+        forward = target - position
+        forward /= np.linalg.norm(forward)
+        right = np.cross(forward, [0, 0, 1])
+        right /= max(float(np.linalg.norm(right)), 1e-6)
+        down = np.cross(forward, right)
+        roll = rng.normal(0, 0.05) if rng.random() < 0.9 else rng.normal(0, 0.5)
+        axes = np.stack([right, down, forward], -1) @ _rotation(np.array([0, 0, roll]))
+        return _rigid(axes, position), float(fovy), float(distance)
+
+    def _set_camera(self, pose: NDArray[np.float64], fovy: float | None = None) -> None:
+        self.data.cam_xpos[0] = pose[:3, 3]
+        self.data.cam_xmat[0] = (pose[:3, :3] @ _OPTICAL).ravel()
+        if fovy is not None:
+            self.model.cam_fovy[0] = np.rad2deg(fovy)
+
+    @property
+    def camera_pose(self) -> NDArray[np.float64]:
+        """[4, 4] pose of the optical frame in the world."""
+        rotation = self.data.cam_xmat[0].reshape(3, 3) @ _OPTICAL
+        return _rigid(rotation, self.data.cam_xpos[0])
+
+    @property
+    def intrinsics(self) -> NDArray[np.float64]:
+        """K [3, 3] in pixels."""
+        height, width = self.size
+        focal = height / 2 / np.tan(np.deg2rad(self.model.cam_fovy[0]) / 2)
+        return np.array([[focal, 0, (width - 1) / 2], [0, focal, (height - 1) / 2], [0, 0, 1]])
+
+    # Pictures -------------------------------------------------------------------------------
+
+    def _layers(self) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+        studio = rendering.studio(self.size)
+        studio.update(self.model, self.data, self._shadows)
+        depth, geoms = studio.layers(self.size)
+        return depth, np.where(geoms >= 0, self._body_of_geom[geoms], 0).astype(np.uint8)
+
+    def render(self) -> Frame:
+        """The picture of the present state."""
+        if self._frame is None:
+            depth, bodies = self._layers()
+            rgb = rendering.studio(self.size).rgb(self.size)
+            self._frame = Frame(rgb, depth, bodies, self.intrinsics, self.camera_pose)
+        return self._frame
+
+    # Futures --------------------------------------------------------------------------------
+
+    def sample_future(
+        self, rng: np.random.Generator, camera_motion_probability: float = 0.0
+    ) -> Future:
+        """Draws one of the possible continuations of the present state, which stays as it is.
+
+        Mostly one visible part moves, at times two or three, in 1 of 20 nothing; free bodies are
+        pushed and stepped by MuJoCo, or carried as by a hand. Camera motion comes on top.
+        """
+        camera_motion = np.eye(4)
+        if rng.random() < camera_motion_probability:
+            camera_motion = self._draw_camera_motion(rng)
+        for _ in range(8):
+            future = self._draw_future(rng, camera_motion)
+            if self._acceptable(future):
+                return future
+        return self._still(camera_motion)
+
+    def _still(self, camera_motion: NDArray) -> Future:
+        motion = np.broadcast_to(np.eye(4, dtype=np.float32), (self.model.nbody, 4, 4)).copy()
+        return Future(
+            motion, camera_motion.astype(np.float32), "nothing moves", self.data.qpos.copy()
+        )
+
+    def _draw_camera_motion(self, rng: np.random.Generator) -> NDArray[np.float64]:
+        size = np.exp(rng.uniform(np.log(0.1), np.log(1.0)))
+        translation = rng.normal(0, 0.06 * size, 3) * self._camera_distance
+        return _rigid(_rotation(rng.normal(0, 0.04 * size, 3)), translation)
+
+    def _draw_future(self, rng: np.random.Generator, camera_motion: NDArray) -> Future:
+        visible = self._visible_parts()
+        if rng.random() < 0.05 or not len(visible):
+            return self._still(camera_motion)
+        count = 1 if rng.random() < 0.85 else int(rng.integers(2, 4))
+        chosen = rng.permutation(visible)[:count]
+        parts = self._world.parts
+        names = []
+        qpos = self.data.qpos.copy()
+        pushed = [i for i in chosen if parts[i].free]
+        if pushed:
+            if rng.random() < 0.7:
+                qpos = self._push(rng, pushed)
+                names += [f"free body {self._body_of_part[i]} is pushed" for i in pushed]
+            else:
+                for i in pushed:
+                    self._carry(rng, i, qpos)
+                    names.append(f"free body {self._body_of_part[i]} is carried")
+        for i in chosen:
+            if not parts[i].free:
+                address = self._qpos_of_part[i]
+                low, high = self._range_of_part[i]
+                qpos[address] = self._next_joint_value(rng, qpos[address], low, high)
+                names.append(f"part {self._body_of_part[i]} moves")
+        motion = self._motion_to(qpos)
+        return Future(motion, camera_motion.astype(np.float32), ", ".join(names), qpos)
+
+    def _visible_parts(self) -> NDArray[np.intp]:
+        counts = np.bincount(self.render().bodies.ravel(), minlength=self.model.nbody)
+        shares = self._carried_by_part @ counts / np.prod(self.size)
+        return np.flatnonzero(shares >= _VISIBLE_SHARE)
+
+    @staticmethod
+    def _next_joint_value(
+        rng: np.random.Generator, value: float, low: float, high: float
+    ) -> float:
+        """Another value in the limits: either direction, from tiny to the full way."""
+        rooms = np.array([value - low, high - value])
+        possible = rooms > 0.03 * (high - low)
+        direction = int(rng.choice(np.flatnonzero(possible)))
+        share = np.exp(rng.uniform(np.log(0.05), 0.0))
+        return float(value + (-1, 1)[direction] * share * rooms[direction])
+
+    def _motion_to(self, qpos: NDArray[np.float64]) -> NDArray[np.float32]:
+        """[nbody, 4, 4] world-frame motions from the present state to `qpos`."""
+        before, after = self.data, self._scratch
+        after.qpos[:] = qpos
+        mujoco.mj_kinematics(self.model, after)
+        rotation_before = before.xmat.reshape(-1, 3, 3)
+        rotation = after.xmat.reshape(-1, 3, 3) @ rotation_before.transpose(0, 2, 1)
+        motion = np.tile(np.eye(4), (self.model.nbody, 1, 1))
+        motion[:, :3, :3] = rotation
+        motion[:, :3, 3] = after.xpos - np.einsum("nij,nj->ni", rotation, before.xpos)
+        # Bodies that did not move get the identity without rounding.
+        motion[~moving_bodies(motion)] = np.eye(4)
+        return motion.astype(np.float32)
+
+    def _push(self, rng: np.random.Generator, parts: list[int]) -> NDArray[np.float64]:
+        """Steps the physics for the horizon after pushes at visible points of free bodies."""
+        model, data = self.model, self._scratch
+        mujoco.mj_resetData(model, data)
+        data.qpos[:] = self.data.qpos
+        mujoco.mj_forward(model, data)
+        frame = self.render()
+        gravity = float(np.linalg.norm(model.opt.gravity))
+        impulse = np.zeros(model.nv)
+        for i in parts:
+            body = self._body_of_part[i]
+            pixels = np.argwhere(frame.bodies == body)
+            if not len(pixels):
+                continue
+            v, u = pixels[rng.integers(len(pixels))]
+            point = self._unproject(frame, int(u), int(v))
+            heading = rng.uniform(-np.pi, np.pi)
+            direction = np.array([np.cos(heading), np.sin(heading), rng.normal(0, 0.15)])
+            # A sliding body comes to rest after v^2 / (2 mu g): draw that way, not the speed.
+            way = np.exp(rng.uniform(np.log(0.05), np.log(1.5))) * self._world.main_extent.x
+            friction = float(model.geom_friction[model.body_geomadr[body], 0])
+            speed = np.sqrt(2 * friction * gravity * way)
+            force = np.empty(model.nv)
+            force[:] = 0
+            mass = model.body_mass[body]
+            # Pushes through a point between the contact and the centre: few spin on the spot.
+            lever = rng.uniform(0, 1)
+            point = lever * point + (1 - lever) * data.xipos[body]
+            mujoco.mj_applyFT(
+                model, data, mass * speed * direction, np.zeros(3), point, body, force
+            )
+            impulse += force
+        change = np.zeros((1, model.nv))
+        mujoco.mj_solveM(model, data, change, impulse[None])
+        data.qvel[:] = change[0]
+        steps = round(HORIZON_S / model.opt.timestep)
+        mujoco.mj_step(model, data, steps)
+        qpos = data.qpos.copy()
+        for i, part in enumerate(self._world.parts):  # articulated parts hold still
+            if not part.free:
+                address = self._qpos_of_part[i]
+                qpos[address] = self.data.qpos[address]
+        return qpos
+
+    def _carry(self, rng: np.random.Generator, i: int, qpos: NDArray[np.float64]) -> None:
+        """Moves a free body as a hand does: along the support, up, turned or tilted."""
+        address = self._qpos_of_part[i]
+        size = np.exp(rng.uniform(np.log(0.05), 0.0))
+        reach = self._world.main_extent.x * size
+        shift = np.append(rng.normal(0, 0.6, 2), 0.0) * reach * (rng.random() < 0.8)
+        if rng.random() < 0.4:
+            shift[2] = abs(rng.normal(0, 0.5)) * reach
+        turning = np.zeros(3)
+        if rng.random() < 0.5:
+            turning[2] = rng.normal(0, 1.2) * size
+        if rng.random() < 0.35:
+            turning[:2] = rng.normal(0, 0.6, 2) * size
+            shift[2] += 0.3 * float(np.abs(turning[:2]).max()) * self._world.main_extent.x
+        qpos[address : address + 3] += shift
+        quat = np.empty(4)
+        matrix = _rotation(turning).ravel()
+        mujoco.mju_mat2Quat(quat, matrix)
+        result = np.empty(4)
+        mujoco.mju_mulQuat(result, quat, qpos[address + 3 : address + 7])
+        qpos[address + 3 : address + 7] = result
+
+    @staticmethod
+    def _unproject(frame: Frame, u: int, v: int) -> NDArray[np.float64]:
+        ray = np.linalg.solve(frame.intrinsics, [u, v, 1.0])
+        optical = ray * frame.depth[v, u]
+        return frame.camera_pose[:3, :3] @ optical + frame.camera_pose[:3, 3]
+
+    def _acceptable(self, future: Future) -> bool:
+        """Whether visible points stay in reach; looks at each fourth pixel in x and y."""
+        frame = self.render()
+        step = max(1, min(self.size) // 32)
+        v, u = np.mgrid[0 : self.size[0] : step, 0 : self.size[1] : step]
+        v, u = v.ravel(), u.ravel()
+        result = point_flow(
+            np.stack([u, v], -1), frame.depth[v, u], frame.bodies[v, u], frame.intrinsics,
+            self.size, frame.camera_pose, future.body_motion, future.camera_motion,
+        )  # fmt: skip
+        return bool(np.abs(result.flow).max(initial=0) <= _MAX_FLOW)
+
+    # Truth ----------------------------------------------------------------------------------
+
+    def truth(self, frame: Frame, future: Future) -> Truth:
+        """True motion of each pixel of `frame`, which must be of the present state.
+
+        Renders the state after `future` for `Truth.next` and the occlusion, then comes back.
+        """
+        moved = dense_flow(
+            frame.depth, frame.bodies, frame.intrinsics, frame.camera_pose,
+            future.body_motion, future.camera_motion,
+        )  # fmt: skip
+        following = self.after(future)
+        height, width = frame.depth.shape
+        v, u = np.mgrid[0:height, 0:width]
+        u_after = np.rint(u + moved.flow[..., 0] * width).astype(int)
+        v_after = np.rint(v + moved.flow[..., 1] * height).astype(int)
+        inside = (u_after >= 0) & (u_after < width) & (v_after >= 0) & (v_after < height)
+        at = (np.clip(v_after, 0, height - 1), np.clip(u_after, 0, width - 1))
+        seen = following.depth[at]
+        hidden = (seen > 0) & (seen < moved.depth * (1 - _OCCLUSION_TOLERANCE))
+        hidden |= (following.bodies[at] != frame.bodies) & (moved.depth > 0)
+        hidden |= (seen > 0) & (moved.depth == 0)
+        return Truth(
+            flow=moved.flow,
+            scene_flow=moved.scene_flow,
+            moving=future.moving[frame.bodies],
+            occluded=hidden | ~inside,
+            next=following,
+        )
+
+    def after(self, future: Future) -> Frame:
+        """The frame after `future`; the present state is kept."""
+        keep, frame, pose = self.data.qpos.copy(), self._frame, self.camera_pose
+        try:
+            self._pose(future.qpos)
+            self._set_camera(pose @ future.camera_motion)
+            self._frame = None
+            return self.render()
+        finally:
+            self._pose(keep)
+            self._set_camera(pose)
+            self._frame = frame
+
+    def apply(self, future: Future) -> None:
+        """Makes the state after `future` the present one."""
+        pose = self.camera_pose
+        self._pose(future.qpos)
+        self._set_camera(pose @ future.camera_motion)
+        self._frame = None
+
+    def _pose(self, qpos: NDArray[np.float64]) -> None:
+        self.data.qpos[:] = qpos
+        mujoco.mj_kinematics(self.model, self.data)
