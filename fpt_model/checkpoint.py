@@ -64,7 +64,9 @@ def load_model(model: str | os.PathLike[str]) -> FlowPokeTransformer:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many types for damaged or hostile files
-        raise CheckpointError(f"{path} is not a readable weights-only checkpoint: {error}") from error
+        raise CheckpointError(
+            f"{path} is not a readable weights-only checkpoint: {error}"
+        ) from error
     state = content.get("model") if isinstance(content, dict) else None
     if not isinstance(state, dict):
         raise CheckpointError(f'{path} must hold a dict with the state dict under "model"')
@@ -115,7 +117,10 @@ def convert_reference(state_dict: Mapping[str, Tensor], config: FPTConfig) -> di
         if key.endswith((".cross_out.weight", "pos_emb.freqs", "input_mlp.coeffs", "mask_token")):
             continue  # never applied, or constants
         if key.startswith(image):
-            out["encoder.backbone." + key.removeprefix(image).replace("register_tokens", "reg_token")] = value
+            out[
+                "encoder.backbone."
+                + key.removeprefix(image).replace("register_tokens", "reg_token")
+            ] = value
         elif key == "input_mlp.query_token":
             out["embed.query_token"] = value.flatten()
         elif key == "input_mlp.mlp.0.weight":
@@ -136,7 +141,9 @@ def convert_reference(state_dict: Mapping[str, Tensor], config: FPTConfig) -> di
         # timm's model with registers has no position for the class token: it is added to the token
         out["encoder.backbone.cls_token"] = cls_token + table[:, :1]
         patch = out["encoder.backbone.patch_embed.proj.weight"].shape[-1]
-        out["encoder.backbone.pos_embed"] = _resample_positions(table[:, 1:], config.image_size // patch)
+        out["encoder.backbone.pos_embed"] = _resample_positions(
+            table[:, 1:], config.image_size // patch
+        )
     return out
 
 
@@ -144,7 +151,9 @@ def _resample_positions(table: Tensor, side: int) -> Tensor:
     """``[1, n * n, C]`` to ``[1, side * side, C]``."""
     n = round(table.shape[1] ** 0.5)
     square = table.unflatten(1, (n, n)).permute(0, 3, 1, 2).float()
-    resized = F.interpolate(square, (side, side), mode="bicubic", antialias=True, align_corners=False)
+    resized = F.interpolate(
+        square, (side, side), mode="bicubic", antialias=True, align_corners=False
+    )
     return resized.permute(0, 2, 3, 1).flatten(1, 2)
 
 

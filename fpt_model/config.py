@@ -37,7 +37,9 @@ class FPTConfig:
     min_std: float = 1e-4  # image sides, floor of the diagonal of the Cholesky factor
     # --- what the predictions mean -------------------------------------------------------------
     horizon_s: float = 1.0  # s, the fixed time over which the motion is predicted
-    kl_threshold: float = 1.0  # nats, above it a point belongs to the poked part (chosen on validation)
+    kl_threshold: float = (
+        1.0  # nats, above it a point belongs to the poked part (chosen on validation)
+    )
     licence: str = "MIT"  # SPDX identifier of the weights
 
     def __post_init__(self) -> None:

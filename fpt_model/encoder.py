@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -15,7 +17,7 @@ from fpt_model.geometry import ModelView
 _torchvision_stub: torch.library.Library | None = None
 
 
-def _import_timm():
+def import_timm() -> ModuleType:
     """Import timm, also where torchvision's compiled operators do not match torch's build.
 
     torchvision registers fake kernels for ``nms`` at import and fails if its binary, built for
@@ -33,7 +35,9 @@ def _import_timm():
             del sys.modules[name]
         _torchvision_stub = torch.library.Library("torchvision", "DEF")
         for op in ("nms", "qnms"):
-            _torchvision_stub.define(f"{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            _torchvision_stub.define(
+                f"{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+            )
         import timm
     return timm
 
@@ -70,7 +74,8 @@ class ImageEncoder(nn.Module):
     """Image in [-1, 1] to a feature map.
 
     Works with timm's vision transformers (class and register tokens are dropped, after the final
-    norm) and with its convolutional ``features_only`` backbones (the last map asked for).
+    norm) and with its convolutional ``features_only`` backbones, whose maps (``out_indices``) are
+    brought to the size of the finest and concatenated.
     """
 
     def __init__(self, config: FPTConfig) -> None:
@@ -78,19 +83,28 @@ class ImageEncoder(nn.Module):
         kwargs = dict(config.encoder_kwargs)
         if not kwargs.get("features_only"):
             kwargs.update(img_size=config.image_size, num_classes=0, global_pool="")
-        self.backbone = _import_timm().create_model(config.encoder, pretrained=False, **kwargs)
+        self.backbone = import_timm().create_model(config.encoder, pretrained=False, **kwargs)
         if kwargs.get("features_only"):
-            self.dim = int(self.backbone.feature_info.channels()[-1])
+            self.dim = sum(self.backbone.feature_info.channels())
+            # a vision transformer ends with its norm; a convolutional map's scale is arbitrary
+            self.norm = nn.LayerNorm(self.dim)
         else:
             self.dim = int(self.backbone.num_features)
-        self.register_buffer("mean", torch.tensor(config.image_mean).view(3, 1, 1), persistent=False)
+        self.register_buffer(
+            "mean", torch.tensor(config.image_mean).view(3, 1, 1), persistent=False
+        )
         self.register_buffer("std", torch.tensor(config.image_std).view(3, 1, 1), persistent=False)
 
     def forward(self, image: Tensor) -> Tensor:
         """``[B, 3, S, S]`` in [-1, 1] to ``[B, C, h, w]``."""
         x = ((image + 1) / 2 - self.mean) / self.std
         if not hasattr(self.backbone, "forward_features"):
-            return self.backbone(x)[-1]
+            maps = self.backbone(x)
+            size = maps[0].shape[-2:]
+            x = torch.cat(
+                [maps[0], *(F.interpolate(m, size, mode="bilinear") for m in maps[1:])], 1
+            )
+            return self.norm(x.movedim(1, -1)).movedim(-1, 1)
         tokens = self.backbone.forward_features(x)  # [B, prefix + h * w, C]
         tokens = tokens[:, self.backbone.num_prefix_tokens :]
         h, w = self.backbone.patch_embed.grid_size

@@ -52,7 +52,7 @@ def displacement_normalised_to_pixels(d: ArrayLike, size: tuple[int, int]) -> ND
 
 
 def inside_image(xy_px: ArrayLike, size: tuple[int, int]) -> NDArray[np.bool_]:
-    """True ``[...]`` where a pixel position ``[..., 2]`` is finite and within the image's border."""
+    """True ``[...]`` where a pixel position ``[..., 2]`` is finite and within the image."""
     xy = np.asarray(xy_px, dtype=np.float64)
     return np.all((xy >= -0.5) & (xy <= _image_scale(size) - 0.5), axis=-1)
 
@@ -94,7 +94,7 @@ class ModelView:
 
     @property
     def scale(self) -> NDArray[np.float64]:
-        """``[2]``: image sizes per region size, i.e. model displacement / normalised displacement."""
+        """``[2]``: image size / region size, i.e. model / normalised displacement."""
         _, _, w, h = self.box
         return np.array([self.width / w, self.height / h])
 
@@ -113,7 +113,7 @@ class ModelView:
         return (np.asarray(xy, dtype=np.float64) - self.offset) / self.scale
 
     def displacement_to_model(self, d: ArrayLike) -> NDArray[np.float64]:
-        """Normalised displacements ``[..., D]`` to model units; a third component passes unchanged."""
+        """Normalised displacements ``[..., D]`` to model units; a third component stays."""
         d = np.asarray(d, dtype=np.float64)
         return d * self._displacement_scale(d.shape[-1])
 

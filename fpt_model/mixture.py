@@ -18,7 +18,7 @@ def _logsumexp(x: Array, axis: int) -> Array:
 
 
 def _solve_lower(tril: Array, b: Array) -> Array:
-    """``inv(tril) @ b`` for lower triangular ``[..., D, D]`` and ``b [..., D]``, by substitution."""
+    """``inv(tril) @ b``, lower triangular ``[..., D, D]`` and ``b [..., D]``, by substitution."""
     out = np.empty(np.broadcast_shapes(tril.shape[:-1], b.shape))
     for i in range(tril.shape[-1]):
         known = sum((tril[..., i, j] * out[..., j] for j in range(i)), start=np.zeros(()))
@@ -28,7 +28,7 @@ def _solve_lower(tril: Array, b: Array) -> Array:
 
 @dataclass(frozen=True)
 class FlowMixture:
-    """A mixture of K full-covariance Gaussians over D-dimensional motion for each of ``[...]`` points.
+    """Mixtures of K full-covariance Gaussians over D-dimensional motion, for ``[...]`` points.
 
     Attributes:
         log_weights: ``[..., K]`` normalised log weights.
@@ -189,8 +189,6 @@ class FlowMixture:
         l1 = other.scale_tril[..., None, :, :, :]
         d = _solve_lower(l1, other.means[..., None, :, :] - self.means[..., :, None, :])
         l0 = self.scale_tril[..., :, None, :, :]
-        frobenius = sum(
-            np.sum(_solve_lower(l1, l0[..., i]) ** 2, -1) for i in range(self.dims)
-        )
+        frobenius = sum(np.sum(_solve_lower(l1, l0[..., i]) ** 2, -1) for i in range(self.dims))
         log_det = other._log_det()[..., None, :] - self._log_det()[..., :, None]
         return 0.5 * (frobenius + np.sum(d * d, -1) - self.dims) + log_det

@@ -62,7 +62,9 @@ class AxialRoPE(nn.Module):
         n = heads * slots
         freqs = math.pi * 10 ** (torch.arange(n, dtype=torch.float64) / n)
         # head h, slot j uses frequency j * heads + h
-        self.register_buffer("freqs", freqs.view(slots, heads).T.float().contiguous(), persistent=False)
+        self.register_buffer(
+            "freqs", freqs.view(slots, heads).T.float().contiguous(), persistent=False
+        )
 
     def forward(self, pos: Tensor) -> Tensor:
         """Positions ``[B, T, 2]`` to angles ``[B, H, T, E / 2]``: y's first, then x's."""
@@ -109,7 +111,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
     return logits.softmax(-1).to(v.dtype) @ v
 
 
-def attend_pokes_and_self(q: Tensor, k: Tensor, v: Tensor, pokes: KeyValue, hidden: Tensor | None) -> Tensor:
+def attend_pokes_and_self(
+    q: Tensor, k: Tensor, v: Tensor, pokes: KeyValue, hidden: Tensor | None
+) -> Tensor:
     """Each query attends to the pokes it may see and to itself.
 
     ``q, k, v [B, H, Q, E]`` are the queries' own, ``pokes`` holds ``[B, H, P, E]``; ``hidden
@@ -312,7 +316,9 @@ class FlowPokeTransformer(nn.Module):
         if visible is not None:
             hidden = torch.arange(pokes, device=pos.device) >= visible[:, None]
         x = self.embed(pos, None, features.feat)
-        for layer, memory, kv in zip(self.layers, features.memory, context.keys_values, strict=True):
+        for layer, memory, kv in zip(
+            self.layers, features.memory, context.keys_values, strict=True
+        ):
             x, _ = layer(x, angles, cond, memory, kv, hidden)
         return self.head(x)
 
@@ -330,7 +336,12 @@ class FlowPokeTransformer(nn.Module):
         return self.decode_queries(features, context, query_pos, camera_static, visible)
 
     def forward(
-        self, image: Tensor, poke_pos: Tensor, poke_flow: Tensor, query_pos: Tensor, camera_static: Tensor
+        self,
+        image: Tensor,
+        poke_pos: Tensor,
+        poke_flow: Tensor,
+        query_pos: Tensor,
+        camera_static: Tensor,
     ) -> Tensor:
         """Training: ``query_pos [B, G, n, 2]`` with group g seeing the first g pokes.
 

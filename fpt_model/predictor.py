@@ -125,7 +125,9 @@ class FlowPredictor:
                 self._tensor(view.displacement_to_model(flow)),
                 static,
             )
-            raw = self._decode(scene.features, context, self._tensor(view.to_model(queries)), static)
+            raw = self._decode(
+                scene.features, context, self._tensor(view.to_model(queries)), static
+            )
         log_weights, means, tril = (t.cpu().numpy() for t in mixture_parameters(raw, self.config))
         in_model = FlowMixture(log_weights, means, tril)
         return in_model.scaled(*view.displacement_to_normalised(np.ones(self.config.flow_dim)))
@@ -137,7 +139,9 @@ class FlowPredictor:
         batch = static.shape[0]
         step = max(1, _QUERY_CHUNK // batch)
         chunks = [
-            self.model.decode_queries(features, context, chunk.expand(batch, -1, -1), static).float()
+            self.model.decode_queries(
+                features, context, chunk.expand(batch, -1, -1), static
+            ).float()
             for chunk in queries[None].split(step, dim=1)
         ]
         return torch.cat(chunks, dim=1)
@@ -242,5 +246,7 @@ def _check_points(name: str, value: ArrayLike, dims: int, batched: bool) -> NDAr
     finite = np.isfinite(array).all(-1)
     if not finite.all():
         index = tuple(int(i) for i in np.argwhere(~finite)[0])
-        raise ValueError(f"{name} must be finite, received {array[index].tolist()} at {list(index)}")
+        raise ValueError(
+            f"{name} must be finite, received {array[index].tolist()} at {list(index)}"
+        )
     return array

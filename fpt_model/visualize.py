@@ -246,12 +246,12 @@ def _points(name: str, values: ArrayLike) -> NDArray[np.float64]:
     return points
 
 
-def _tint_flow(canvas: RGBImage, flow: ArrayLike) -> None:
-    """Lay the flow's colours over the canvas, the stronger the longer the vector."""
+def _tint_flow(canvas: RGBImage, flow: ArrayLike, max_magnitude: float | None) -> None:
+    """Lay the flow's colours over the canvas; non-finite flow is left out."""
     flow = np.asarray(flow, np.float32)
     magnitude = np.nan_to_num(np.hypot(flow[..., 0], flow[..., 1]))
-    largest = float(magnitude.max()) or 1.0
-    alpha = (0.75 * magnitude / largest)[..., None]
+    largest = max_magnitude or float(magnitude.max()) or 1.0
+    alpha = 0.75 * np.minimum(magnitude / largest, 1)[..., None]
     # Coloured at the flow's own size (cheap), enlarged premultiplied so that edges do not whiten.
     tint = np.concatenate([alpha * flow_to_color(flow, largest), alpha], axis=2)
     height, width = canvas.shape[:2]
@@ -283,6 +283,7 @@ def draw_overlay(
     mixture_px: FlowMixture | None,
     flow_px: ArrayLike | None = None,
     mask: ArrayLike | None = None,
+    max_flow_px: float | None = None,
 ) -> RGBImage:
     """Draw pokes, predicted motion modes and the moving part over a picture.
 
@@ -291,8 +292,9 @@ def draw_overlay(
     Q = 0) is an arrow whose opacity is the mode's probability, with its ELLIPSE_SIGMAS covariance
     ellipse around the tip; modes below MIN_DRAWN_WEIGHT and queries beyond
     MAX_DRAWN_QUERIES are left out. ``flow_px`` [h, w, 2] tints
-    the picture with the hues of ``flow_to_color``, ``mask`` [h, w] outlines the moving part (and
-    tints it when there is no flow); both may have any resolution and cover the whole image.
+    the picture with the hues of ``flow_to_color``, the stronger the longer the vector, up to
+    ``max_flow_px`` (None: its largest vector); ``mask`` [h, w] outlines the moving part, and tints
+    it when there is no flow. Both may have any resolution and cover the whole image.
 
     Returns a new uint8 RGB picture [s * H, s * W, 3] with s = ``canvas_scale(H, W)``.
     Raises ValueError for wrong shapes or non-finite coordinates.
@@ -318,7 +320,7 @@ def draw_overlay(
     canvas = resize(image, (scale * height, scale * width))
     unit = min(canvas.shape[:2]) / MIN_CANVAS_SIDE  # line widths follow the picture's size
     if flow_px is not None:
-        _tint_flow(canvas, flow_px)
+        _tint_flow(canvas, flow_px, max_flow_px)
     if mask is not None:
         _tint_mask(canvas, mask, 2 * unit, fill=flow_px is None)
 
@@ -336,11 +338,11 @@ def draw_overlay(
             for k in np.argsort(weights[q]):  # likeliest last, on top
                 if weights[q, k] >= MIN_DRAWN_WEIGHT:
                     _paint_mode(canvas, starts[q], means[q, k], factors[q, k], weights[q, k], unit)
-            _paint_haloed(canvas, _circle(starts[q], 3.2 * unit), PAPER_COLOUR, 1.0, unit)
+            _paint_haloed(canvas, _circle(starts[q], 4 * unit), PAPER_COLOUR, 1.0, unit)
     for start, vector in zip(to_canvas(poke_xy), poke_flow * scale, strict=True):
         if np.hypot(*vector) >= unit:
-            _paint_haloed(canvas, _arrow(start, vector, 6 * unit), POKE_COLOUR, 1.0, 1.5 * unit)
-        _paint_haloed(canvas, _circle(start, 6 * unit), POKE_COLOUR, 1.0, 1.5 * unit)
+            _paint_haloed(canvas, _arrow(start, vector, 7.5 * unit), POKE_COLOUR, 1.0, 1.5 * unit)
+        _paint_haloed(canvas, _circle(start, 7.5 * unit), POKE_COLOUR, 1.0, 1.5 * unit)
     return canvas
 
 
@@ -353,10 +355,10 @@ def _paint_mode(
     unit: float,
 ) -> None:
     ellipse = start + mean + ELLIPSE_SIGMAS * _UNIT_CIRCLE @ factor.T
-    _paint_filled(canvas, ellipse, MODE_COLOUR, 0.22 * weight)
-    _paint_stroked(canvas, ellipse, MODE_COLOUR, weight, 1.8 * unit)
+    _paint_filled(canvas, ellipse, MODE_COLOUR, 0.15 * weight)
+    _paint_stroked(canvas, ellipse, MODE_COLOUR, weight, 2.2 * unit)
     if np.hypot(*mean) >= unit:
-        _paint_haloed(canvas, _arrow(start, mean, 3.8 * unit), MODE_COLOUR, weight, unit)
+        _paint_haloed(canvas, _arrow(start, mean, 4.6 * unit), MODE_COLOUR, weight, unit)
 
 
 # -------------------------------------------------------------------------------- composition
@@ -385,6 +387,7 @@ def side_by_side(
 ) -> RGBImage:
     """Set RGB panels [h, w, 3] in a row on white, each under its caption, an optional title above.
 
+    Without any text, no room is left for it.
     Panels are resized to ``panel_height`` pixels (None: the tallest panel), keeping their aspect.
     Returns uint8 RGB. Raises ValueError when there is no panel or the captions do not match.
     """
@@ -394,10 +397,10 @@ def side_by_side(
             f"received {len(panels)} panels and {len(captions)} captions"
         )
     panel_height = panel_height or max(panel.shape[0] for panel in panels)
-    text_size = max(0.45, panel_height / 640)
+    text_size = max(0.45, panel_height / 500)
     line = round(34 * text_size)
     gap = max(6, panel_height // 40)
-    top = gap + line * (2 if title else 1)
+    top = gap + line * (bool(title) + any(captions))
 
     placed = [
         resize(panel, (panel_height, max(1, round(panel.shape[1] * panel_height / panel.shape[0]))))

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: MIT
+"""Training and evaluation of Flow Poke Transformers."""

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: MIT
+"""The configuration of a training run: one YAML file, three sections."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fpt_model import FPTConfig
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """How stored simulation samples become training examples."""
+
+    pokes: int = 12  # nested pokes of an image; group g of queries sees the first g (g < pokes)
+    queries_per_group: int = 12
+    target_noise: float = 0.002  # image sides, std of the tracking noise added to all motions
+    poke_noise: float = 0.02  # further relative noise of the pokes' motion
+    poke_on_moving: float = 0.6  # probability that a poke is placed on something that moves
+    query_on_movable: float = 0.5  # share of queries on bodies that some future moves
+    hide_static_flag: float = 0.1  # probability that a static camera is given as unknown
+    min_crop: float = 0.6  # fraction of the image's side, each axis by itself (aspect ratios)
+    flip: float = 0.5  # probability of mirroring left and right
+    colour: float = 0.4  # strength of colour jitter
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Optimisation; see training.train."""
+
+    batch_size: int = 32
+    steps: int = 1000
+    learning_rate: float = 1e-3
+    encoder_learning_rate: float = 3e-4
+    warmup_steps: int = 100
+    weight_decay: float = 0.02
+    gradient_clip: float = 1.0
+    ema_decay: float = 0.999
+    frozen_encoder_stages: int = (
+        0  # leading stages of a convolutional encoder that stay as they are
+    )
+    pretrained_encoder: bool = False  # start from ImageNet weights, see training.pretrained
+    precision: str = "bf16"  # "fp32" or "bf16" (autocast)
+    seed: int = 0
+    checkpoint_every: int = 250  # steps
+    validate_every: int = 500  # steps
+
+    def __post_init__(self) -> None:
+        if self.precision not in ("fp32", "bf16"):
+            raise ValueError(f'precision must be "fp32" or "bf16", received {self.precision!r}')
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """All of a run."""
+
+    model: FPTConfig = field(default_factory=FPTConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The inverse of :meth:`from_dict`."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> RunConfig:
+        """ValueError names unknown sections and keys."""
+        sections = {f.name: f for f in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - set(sections))
+        if unknown:
+            raise ValueError(f"unknown sections {unknown}, expected {sorted(sections)}")
+        return cls(
+            model=FPTConfig.from_dict(values.get("model", {})),
+            data=_section(DataConfig, values.get("data", {})),
+            optim=_section(OptimConfig, values.get("optim", {})),
+        )
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], overrides: list[str] | None = None) -> RunConfig:
+        """Read a YAML file; ``overrides`` are ``section.key=value`` with YAML values."""
+        values = yaml.safe_load(Path(path).read_text())
+        for item in overrides or []:
+            name, _, value = item.partition("=")
+            section, _, key = name.partition(".")
+            if not (key and value):
+                raise ValueError(f"expected section.key=value, received {item!r}")
+            values.setdefault(section, {})[key] = yaml.safe_load(value)
+        return cls.from_dict(values)
+
+
+def _section(cls: type, values: dict[str, Any]) -> Any:
+    unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)})
+    if unknown:
+        raise ValueError(f"unknown keys {unknown} for {cls.__name__}")
+    return cls(**values)
