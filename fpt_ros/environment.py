@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""The process environment for ROS 2 and rendering on one machine: demo, tests and launch files.
+"""The process environment of demo, tests and launch files: ROS 2 transport and rendering.
 
-Everything here is a default: a variable the user has set is never changed.
+Everything here is a default: a variable the user has set is never replaced. Launch files use
+`transport_defaults` alone, since a robot's nodes must stay visible to its other computers.
 
 Run as a program it prints shell assignments::
 
@@ -18,6 +19,7 @@ from pathlib import Path
 
 # 7400 + 250 * domain is the first UDP port of a domain; above 101 Linux's ephemeral ports begin.
 MAX_DOMAIN_ID = 101
+FASTDDS_PROFILE_VARIABLES = {"FASTRTPS_DEFAULT_PROFILES_FILE", "FASTDDS_DEFAULT_PROFILES_FILE"}
 
 
 def fastdds_profile() -> Path:
@@ -45,38 +47,39 @@ def rendering_backend() -> str | None:
 
 
 def transport_defaults(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """Variables to add so that images travel whole between processes of this machine."""
-    defaults = {
-        "RMW_IMPLEMENTATION": "rmw_fastrtps_cpp",
-        "ROS_AUTOMATIC_DISCOVERY_RANGE": "LOCALHOST",
-        "FASTRTPS_DEFAULT_PROFILES_FILE": str(fastdds_profile()),
-    }
-    return {name: value for name, value in defaults.items() if name not in environment}
+    """Variables to add so that images travel whole between processes; they isolate no machine."""
+    fastdds = environment.get("RMW_IMPLEMENTATION", "rmw_fastrtps_cpp") == "rmw_fastrtps_cpp"
+    if not fastdds or FASTDDS_PROFILE_VARIABLES & environment.keys():
+        return {}
+    return {"FASTRTPS_DEFAULT_PROFILES_FILE": str(fastdds_profile())}
 
 
 def defaults(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """Variables to add for the nodes, the simulation's renderer and the ament index.
+    """Variables to add for a demo or a test: transport, discovery on this machine, rendering.
 
     Args:
         environment: the variables already set, which stay as they are.
 
     Returns:
-        The missing variables alone. AMENT_PREFIX_PATH is the exception: the Python environment,
-        when ROS is installed into it, is put before what is there.
+        The missing variables alone; and, when ROS is installed into this Python environment,
+        AMENT_PREFIX_PATH and PATH with that environment before what is there.
     """
-    added = transport_defaults(environment)
+    local = {
+        "RMW_IMPLEMENTATION": "rmw_fastrtps_cpp",
+        "ROS_AUTOMATIC_DISCOVERY_RANGE": "LOCALHOST",
+    }
     backend = rendering_backend()
-    if backend and "MUJOCO_GL" not in environment:
-        added["MUJOCO_GL"] = backend
+    if backend:
+        local["MUJOCO_GL"] = backend
+    added = {name: value for name, value in local.items() if name not in environment}
+    added |= transport_defaults(environment)
     if Path(sys.prefix, "share", "ament_index").is_dir():
-        prefixes = environment.get("AMENT_PREFIX_PATH", "").split(os.pathsep)
-        if sys.prefix not in prefixes:
-            added["AMENT_PREFIX_PATH"] = os.pathsep.join([sys.prefix, *filter(None, prefixes)])
         # executables below lib/fpt_ros start the first python3 of PATH
-        scripts = str(Path(sys.prefix, "bin"))
-        path = environment.get("PATH", os.defpath)
-        if path.split(os.pathsep)[0] != scripts:
-            added["PATH"] = os.pathsep.join([scripts, path])
+        for name, folder in (("AMENT_PREFIX_PATH", sys.prefix), ("PATH", f"{sys.prefix}/bin")):
+            others = [
+                p for p in environment.get(name, "").split(os.pathsep) if p not in ("", folder)
+            ]
+            added[name] = os.pathsep.join([folder, *others])
     return added
 
 
