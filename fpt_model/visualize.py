@@ -45,7 +45,8 @@ MAX_CANVAS_SIDE = 1920
 """No image is enlarged beyond this longer side."""
 
 _SUBPIXEL_BITS = 4  # OpenCV's fixed-point drawing coordinates
-_TINT_OPACITY = 0.30
+_MASK_OPACITY = 0.30
+_FLOW_OPACITY = 0.85  # of the longest vector
 _FONT = cv2.FONT_HERSHEY_SIMPLEX
 _ANGLES = np.linspace(0, 2 * np.pi, 64, endpoint=False)
 _UNIT_CIRCLE = np.stack([np.cos(_ANGLES), np.sin(_ANGLES)], axis=1)
@@ -248,12 +249,13 @@ def _points(name: str, values: ArrayLike) -> NDArray[np.float64]:
 
 def _tint_flow(canvas: RGBImage, flow: ArrayLike, max_magnitude: float | None) -> None:
     """Lay the flow's colours over the canvas; non-finite flow is left out."""
-    flow = np.asarray(flow, np.float32)
-    magnitude = np.nan_to_num(np.hypot(flow[..., 0], flow[..., 1]))
+    flow = np.nan_to_num(np.asarray(flow, np.float32), posinf=0, neginf=0)
+    magnitude = np.hypot(flow[..., 0], flow[..., 1])[..., None]
     largest = max_magnitude or float(magnitude.max()) or 1.0
-    alpha = 0.75 * np.minimum(magnitude / largest, 1)[..., None]
-    # Coloured at the flow's own size (cheap), enlarged premultiplied so that edges do not whiten.
-    tint = np.concatenate([alpha * flow_to_color(flow, largest), alpha], axis=2)
+    alpha = _FLOW_OPACITY * np.minimum(magnitude / largest, 1)
+    hue = flow_to_color(flow / np.maximum(magnitude, 1e-12), 1.0 + 1e-6)
+    # Coloured at the flow's own size (cheap), enlarged premultiplied so that edges keep their hue.
+    tint = np.concatenate([alpha * hue, alpha], axis=2)
     height, width = canvas.shape[:2]
     tint = cv2.resize(tint, (width, height), interpolation=cv2.INTER_LINEAR)
     canvas[:] = np.round(canvas * (1 - tint[..., 3:]) + tint[..., :3])
@@ -266,7 +268,7 @@ def _tint_mask(canvas: RGBImage, mask: ArrayLike, line: float, fill: bool) -> No
     )
     inside = soft >= 0.5
     if fill:
-        mixed = canvas[inside] * (1 - _TINT_OPACITY) + np.array(MASK_COLOUR) * _TINT_OPACITY
+        mixed = canvas[inside] * (1 - _MASK_OPACITY) + np.array(MASK_COLOUR) * _MASK_OPACITY
         canvas[inside] = np.round(mixed)
     contours, _ = cv2.findContours(inside.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
     for contour in contours:
@@ -292,7 +294,7 @@ def draw_overlay(
     Q = 0) is an arrow whose opacity is the mode's probability, with its ELLIPSE_SIGMAS covariance
     ellipse around the tip; modes below MIN_DRAWN_WEIGHT and queries beyond
     MAX_DRAWN_QUERIES are left out. ``flow_px`` [h, w, 2] tints
-    the picture with the hues of ``flow_to_color``, the stronger the longer the vector, up to
+    the picture with the hues of ``flow_to_color``, in proportion to its length up to
     ``max_flow_px`` (None: its largest vector); ``mask`` [h, w] outlines the moving part, and tints
     it when there is no flow. Both may have any resolution and cover the whole image.
 
@@ -433,7 +435,7 @@ def legend(width: int, height: int = 40) -> RGBImage:
         ("predicted mode: opacity is its probability", _legend_mode),
         (f"its covariance, {ELLIPSE_SIGMAS:g} sigma", _legend_ellipse),
         ("moving part", _legend_mask),
-        ("flow: hue is direction, white is still", _legend_wheel),
+        ("flow: hue is direction, strength is length", _legend_wheel),
     )
     symbol, gap, size = round(1.1 * height), round(0.5 * height), height / 55
     ends = gap + np.cumsum(

@@ -209,9 +209,9 @@ class TestSideBySide:
         plain = side_by_side([panel], [""])
         captioned = side_by_side([panel], ["predicted flow"])
         titled = side_by_side([panel], ["predicted flow"], title="drawer")
-        assert plain.shape == captioned.shape
-        assert (plain != captioned).any()
-        assert titled.shape[0] > captioned.shape[0]
+        assert plain.shape[0] < captioned.shape[0] < titled.shape[0]
+        for page in (captioned, titled):
+            assert (page[: page.shape[0] - plain.shape[0]] < 100).any()
 
     def test_long_captions_stay_over_their_panel(self):
         panel = np.full((200, 100, 3), 255, np.uint8)

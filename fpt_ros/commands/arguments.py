@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 
 
-class UserError(Exception):
+class UserError(ValueError):
     """The user gave something unusable; the text names it and what was expected, in one line."""
 
 
