@@ -1,0 +1,326 @@
+# SPDX-License-Identifier: MIT
+"""The packages as installed: metadata, messages, executables, bootstrap, environment."""
+
+from __future__ import annotations
+
+import ast
+import math
+import os
+import re
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ET
+from importlib.machinery import SourceFileLoader
+from importlib.metadata import entry_points, version
+from importlib.util import module_from_spec, spec_from_loader
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+from ament_index_python.packages import get_package_prefix, get_package_share_directory
+from rclpy.serialization import deserialize_message, serialize_message
+from std_msgs.msg import Header
+
+from fpt_msgs.msg import FlowDistribution, Poke, PokeArray, QueryArray
+from fpt_ros import environment
+
+ROOT = Path(__file__).resolve().parents[1]
+DEPENDENCY_TAGS = ("depend", "build_depend", "buildtool_depend", "exec_depend", "test_depend")
+EXECUTABLES = ("fpt", "fpt_node", "poke_publisher", "sim_camera_node")
+
+
+def xml_dependencies(package_xml: Path) -> set[str]:
+    root = ET.parse(package_xml).getroot()
+    return {element.text or "" for tag in DEPENDENCY_TAGS for element in root.findall(tag)}
+
+
+# --- versions and dependencies -------------------------------------------------------------------
+
+
+def first_match(path: str, pattern: str) -> str:
+    match = re.search(pattern, (ROOT / path).read_text(), re.MULTILINE)
+    assert match, f"{path} has no line that matches {pattern!r}"
+    return match[1]
+
+
+def test_versions_are_equal() -> None:
+    versions = {
+        "package.xml": first_match("package.xml", r"<version>(.+)</version>"),
+        "setup.py": first_match("setup.py", r'^\s+version="(.+)",'),
+        "CHANGELOG.rst": first_match("CHANGELOG.rst", r"^(\d+\.\d+\.\d+)"),
+        "fpt_msgs/package.xml": first_match("fpt_msgs/package.xml", r"<version>(.+)</version>"),
+        "fpt_msgs/pyproject.toml": first_match("fpt_msgs/pyproject.toml", r'^version = "(.+)"'),
+        "installed fpt_ros": version("fpt_ros"),
+        "installed fpt_msgs": version("fpt_msgs"),
+    }
+    assert len(set(versions.values())) == 1, versions
+
+
+@pytest.mark.parametrize(
+    ("path", "build_type"),
+    [("package.xml", "ament_python"), ("fpt_msgs/package.xml", "ament_cmake")],
+)
+def test_package_xml(path: str, build_type: str) -> None:
+    root = ET.parse(ROOT / path).getroot()
+    assert root.tag == "package"
+    assert root.get("format") == "3"
+    assert root.findtext("license") == "MIT"
+    assert root.findtext("export/build_type") == build_type
+    for tag in ("name", "version", "description", "maintainer"):
+        assert (root.findtext(tag) or "").strip(), f"{path} has no {tag}"
+    for key in xml_dependencies(ROOT / path):
+        assert re.fullmatch(r"[a-z][a-z0-9_-]*", key), f"{key!r} is no rosdep key"
+        assert not key.startswith("ros-"), f"{key!r} is a wheel or Debian package, not a rosdep key"
+
+
+def imported_modules(file: Path) -> set[str]:
+    modules = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            modules.add(node.module.split(".")[0])
+    return modules
+
+
+def test_package_xml_names_every_ros_package_that_is_imported() -> None:
+    index = Path(sys.prefix, "share", "ament_index", "resource_index", "packages")
+    ros_packages = {marker.name for marker in index.iterdir()} | {
+        "cv_bridge",
+        "launch",
+        "launch_ros",
+        "launch_testing",
+        "launch_testing_ros",
+    }
+    files = [
+        f
+        for folder in ("fpt_ros", "launch", "sim", "tests")
+        for f in ROOT.glob(f"{folder}/**/*.py")
+    ]
+    imported = set().union(*map(imported_modules, files)) & ros_packages - {"fpt_ros"}
+    assert imported <= xml_dependencies(ROOT / "package.xml")
+
+
+# --- messages ------------------------------------------------------------------------------------
+
+FIELDS: dict[Any, dict[str, str]] = {
+    Poke: dict.fromkeys(("x", "y", "dx", "dy", "dz"), "float"),
+    PokeArray: {"header": "std_msgs/Header", "pokes": "sequence<fpt_msgs/Poke>"},
+    QueryArray: {"header": "std_msgs/Header", "xy": "sequence<float>"},
+    FlowDistribution: {
+        "header": "std_msgs/Header",
+        "image_height": "uint32",
+        "image_width": "uint32",
+        "dims": "uint8",
+        "components": "uint8",
+        "count": "uint32",
+        "queries": "sequence<float>",
+        "weights": "sequence<float>",
+        "means": "sequence<float>",
+        "scale_tril": "sequence<float>",
+        "model_name": "string",
+        "horizon_s": "float",
+    },
+}
+
+
+@pytest.mark.parametrize("message", FIELDS, ids=lambda message: message.__name__)
+def test_message_fields(message: Any) -> None:
+    assert message.get_fields_and_field_types() == FIELDS[message]
+
+
+def over_the_wire(message: Any) -> Any:
+    return deserialize_message(serialize_message(message), type(message))
+
+
+def test_pokes_round_trip() -> None:
+    pokes = [Poke(x=1.5, y=-0.5, dx=3.0, dy=-4.25, dz=math.nan), Poke(dz=0.125)]
+    received = over_the_wire(PokeArray(header=Header(frame_id="camera"), pokes=pokes))
+    assert received.header.frame_id == "camera"
+    first, second = received.pokes
+    assert (first.x, first.y, first.dx, first.dy) == (1.5, -0.5, 3.0, -4.25)
+    assert math.isnan(first.dz)
+    assert second == pokes[1]
+
+
+def test_distribution_round_trips_without_a_copy() -> None:
+    rng = np.random.default_rng(0)
+    count, components, dims = 5, 4, 2
+    arrays = {
+        "queries": rng.random((count, 2), np.float32),
+        "weights": rng.random((count, components), np.float32),
+        "means": rng.random((count, components, dims), np.float32),
+        "scale_tril": rng.random((count, components, dims, dims), np.float32),
+    }
+    sent = FlowDistribution(
+        image_height=480,
+        image_width=640,
+        dims=dims,
+        components=components,
+        count=count,
+        model_name="fpt-tiny",
+        horizon_s=0.5,
+    )
+    for name, values in arrays.items():
+        setattr(sent, name, values.ravel())
+    received = over_the_wire(sent)
+    assert received == sent
+    for name, values in arrays.items():
+        flat = np.frombuffer(getattr(received, name), np.float32)
+        np.testing.assert_array_equal(flat.reshape(values.shape), values)
+
+
+# --- installation --------------------------------------------------------------------------------
+
+
+def test_ament_index_knows_the_packages() -> None:
+    assert Path(get_package_prefix("fpt_ros")) == Path(sys.prefix)
+    assert Path(get_package_share_directory("fpt_msgs"), "msg", "Poke.msg").is_file()
+
+
+@pytest.mark.parametrize("folder", ["config", "launch", "models", "rviz"])
+def test_shared_files_are_installed_and_current(folder: str) -> None:
+    sources = [f for f in (ROOT / folder).glob("*") if f.is_file()]
+    assert sources, f"{folder}/ is empty"
+    for source in sources:
+        installed = Path(get_package_share_directory("fpt_ros"), folder, source.name)
+        assert installed.read_bytes() == source.read_bytes(), f"{source.name}: run tools/bootstrap"
+
+
+@pytest.mark.parametrize("name", EXECUTABLES)
+def test_executables_are_where_ros2_looks(name: str) -> None:
+    executable = Path(get_package_prefix("fpt_ros"), "lib", "fpt_ros", name)
+    assert os.access(executable, os.X_OK)
+    (entry_point,) = entry_points(group="console_scripts", name=name)
+    assert callable(entry_point.load())
+
+
+def test_an_executable_runs() -> None:
+    executable = Path(get_package_prefix("fpt_ros"), "lib", "fpt_ros", "fpt")
+    done = subprocess.run([executable, "--help"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "predict" in done.stdout
+
+
+# --- bootstrap -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bootstrap() -> ModuleType:
+    loader = SourceFileLoader("bootstrap", str(ROOT / "tools" / "bootstrap"))
+    spec = spec_from_loader("bootstrap", loader)
+    assert spec
+    module = module_from_spec(spec)
+    loader.exec_module(module)
+    return module
+
+
+def test_digest_sees_contents_names_and_modes(
+    bootstrap: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bootstrap, "ROOT", tmp_path)
+    file = tmp_path / "folder" / "file"
+    file.parent.mkdir()
+    file.write_text("contents")
+    seen = [bootstrap.digest(file.parent)]
+    assert bootstrap.digest(file.parent) == seen[0]
+
+    file.write_text("other contents")
+    seen.append(bootstrap.digest(file.parent))
+    file.chmod(0o755)
+    seen.append(bootstrap.digest(file.parent))
+    file.rename(file.with_name("renamed"))
+    seen.append(bootstrap.digest(file.parent))
+    seen.append(bootstrap.digest(file.parent, extra="more"))
+    assert len(set(seen)) == len(seen)
+
+    (file.parent / "__pycache__").mkdir()
+    (file.parent / "__pycache__" / "file.pyc").write_text("")
+    assert bootstrap.digest(file.parent) == seen[3]
+
+
+def test_stamps_survive_damage(bootstrap: ModuleType, tmp_path: Path) -> None:
+    stamps = tmp_path / "stamps.json"
+    assert bootstrap.read_stamps(stamps) == {}
+    bootstrap.write_stamp(stamps, "first", "a")
+    bootstrap.write_stamp(stamps, "second", "b")
+    assert bootstrap.read_stamps(stamps) == {"first": "a", "second": "b"}
+    assert list(tmp_path.iterdir()) == [stamps]
+    for damage in ("", '{"first": "a', "[]"):
+        stamps.write_text(damage)
+        assert bootstrap.read_stamps(stamps) == {}
+
+
+def test_second_run_does_nothing(bootstrap: ModuleType) -> None:
+    stamps = bootstrap.read_stamps(bootstrap.STAMPS)
+    if any(stamps.get(name) != inputs for name, inputs, *_ in bootstrap.steps()):
+        pytest.skip("sources have changed since tools/bootstrap ran")
+    started = time.monotonic()
+    done = subprocess.run([ROOT / "tools" / "bootstrap"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert time.monotonic() - started < 5  # s; 0.2 on an idle machine
+
+
+def test_unsupported_python_is_named_with_the_cure(tmp_path: Path) -> None:
+    for name in ("tools/bootstrap", "setup.py", "setup.cfg", "pyproject.toml", "package.xml"):
+        copy = tmp_path / name
+        copy.parent.mkdir(exist_ok=True)
+        copy.write_bytes((ROOT / name).read_bytes())
+    old_python = tmp_path / "python3.8"
+    old_python.write_text("#!/bin/sh\necho 3 8\n")
+    old_python.chmod(0o755)
+    done = subprocess.run(
+        [sys.executable, tmp_path / "tools" / "bootstrap"],
+        env={**os.environ, "PYTHON": str(old_python)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert "python3.8 is 3.8" in done.stderr
+    assert "sudo apt-get install" in done.stderr
+
+
+# --- environment ---------------------------------------------------------------------------------
+
+
+def test_environment_keeps_what_the_user_set() -> None:
+    given = {
+        "RMW_IMPLEMENTATION": "rmw_cyclonedds_cpp",
+        "ROS_AUTOMATIC_DISCOVERY_RANGE": "SUBNET",
+        "MUJOCO_GL": "osmesa",
+        "PATH": "/usr/bin",
+        "AMENT_PREFIX_PATH": "/opt/other",
+    }
+    added = environment.defaults(given)
+    assert added == {
+        "PATH": f"{sys.prefix}/bin{os.pathsep}/usr/bin",
+        "AMENT_PREFIX_PATH": f"{sys.prefix}{os.pathsep}/opt/other",
+    }
+    assert environment.defaults({**given, **added}) == added
+
+
+def test_launch_files_leave_discovery_alone() -> None:
+    assert set(environment.transport_defaults({})) == {"FASTRTPS_DEFAULT_PROFILES_FILE"}
+    profile = {"FASTDDS_DEFAULT_PROFILES_FILE": "mine.xml"}
+    assert environment.transport_defaults(profile) == {}
+
+
+def test_fastdds_profile_holds_several_frames() -> None:
+    tree = ET.parse(environment.fastdds_profile())
+    (size,) = (e.text for e in tree.iter() if e.tag.endswith("segment_size"))
+    assert int(size or 0) >= 5 * 1920 * 1080 * 3  # bytes, of full-HD colour frames
+
+
+def test_domains_are_claimed_once() -> None:
+    first, first_claim = environment.claim_domain_id()
+    with first_claim:
+        second, second_claim = environment.claim_domain_id()
+        second_claim.close()
+    again, again_claim = environment.claim_domain_id()
+    again_claim.close()
+    assert first != second
+    assert again == first
+    assert 0 < first <= environment.MAX_DOMAIN_ID
