@@ -159,7 +159,7 @@ def drawer(b: Builder, root: Body) -> Extent:
     cell = b.uniform(0.09, 0.36) if rows > 1 else b.uniform(0.1, 0.5)
     z = min(rows * cell, 1.0) / 2
     y = b.uniform(0.15, 0.4)
-    wall = b.uniform(0.012, 0.04)
+    wall = min(b.uniform(0.012, 0.04), 0.2 * z)
     feet = _feet(b, root, x, y)
     _shell(b, root, (x, y, z), wall, feet, back=True)
     top = feet + 2 * z
@@ -175,6 +175,7 @@ def drawer(b: Builder, root: Body) -> Extent:
     handle_seed = int(b.rng.integers(2**31))
     same_handles = b.chance(0.85)
     handle_size = b.uniform(0.3, 0.9) * min(2 * (x - wall) / columns, 0.45)
+    handle_size = min(handle_size, 1.3 * float(heights.min()))
     low = feet + wall
     width = 2 * (x - wall) / columns
     index = 0
@@ -234,7 +235,7 @@ def _leaf(b: Builder, hinge: Body, side: int, width: float, height: float, thick
     cx = -side * width / 2
     style = b.integer(0, 4)
     if style == 0 and width > 0.2:  # open frame with bars
-        border = b.uniform(0.1, 0.2) * width
+        border = b.uniform(0.1, 0.2) * min(width, height)
         for offset in (-1, 1):
             b.box(hinge, (border / 2, thick, height / 2), (cx + offset * (width - border) / 2, -thick, height / 2), "front", index)  # fmt: skip
         for low in (border / 2, height - border / 2):
@@ -331,12 +332,12 @@ def slider(b: Builder, root: Body) -> Extent:
         width = 2 * inner / max(count, 2) * b.uniform(1.0, 1.1)
         for i in range(count):
             home = -inner + width / 2 + (2 * inner - width) * (i / max(count - 1, 1))
-            track = -y + thick * 1.2 + (i % 2) * 2.4 * thick
+            track = -y + thick * 1.2 + i * 2.4 * thick
             part = b.slide(root, (home, track, feet + z), (1, 0, 0),
                            (-inner + width / 2 - home, inner - width / 2 - home), rest=0.5)  # fmt: skip
             half_z = z - wall
             if b.chance(0.35):
-                border = b.uniform(0.1, 0.2) * width
+                border = b.uniform(0.1, 0.2) * min(width, half_z)
                 for s in (-1, 1):
                     b.box(part, (border / 2, thick, half_z), (s * (width - border) / 2, 0, 0), "front", i)
                     b.box(part, (width / 2, thick, border / 2), (0, 0, s * (half_z - border / 2)), "front", i)
@@ -410,11 +411,12 @@ def slider(b: Builder, root: Body) -> Extent:
             b.capsule(root, radius, x, (0, s * wide * 0.8, high), "x", "rail")
         if b.chance(0.5):
             b.box(root, (x, wide + 0.05, 0.01), (0, 0, 0.01), "frame")
-        for i in range(b.pick(1, 1, 2)):
-            half = (b.uniform(0.06, 0.16), wide, b.uniform(0.03, 0.1))
-            span = x - half[0] - 0.03
-            lo, hi = (-span, span) if i == 0 else (-span, span)
-            part = b.slide(root, (0, 0, high), (1, 0, 0), (lo, hi), rest=0.0)
+        carriages = b.pick(1, 1, 2)
+        for i in range(carriages):
+            half = (b.uniform(0.05, 0.14), wide, b.uniform(0.03, 0.1))
+            span = (x - 0.03) / carriages - half[0]
+            centre = (2 * i - carriages + 1) * (x - 0.03) / 2
+            part = b.slide(root, (centre, 0, high), (1, 0, 0), (-span, span), rest=0.0)
             b.box(part, half, (0, 0, half[2] * 0.3), "carriage", i)
             for item in range(b.integer(0, 2)):
                 load = b.fixed(part)
@@ -450,6 +452,7 @@ def slider(b: Builder, root: Body) -> Extent:
         level = 2 * z * (row + 0.5) / rows
         b.cylinder(root, 0.012, x, (0, 0, level), "x", "rail")
         count = b.integer(1, 2 if rows > 1 else 3)
+        radius = min(radius, 0.6 * (x - post) / count)
         free = 2 * (x - post) - 2 * radius * count
         for i in range(count):
             low = -x + post + radius * (2 * i + 1)
@@ -466,7 +469,7 @@ def slider(b: Builder, root: Body) -> Extent:
 
 def _dial(b: Builder, part: Body, radius: float, index: int) -> None:
     """A knob around the z axis of `part`, standing on z = 0; never fully symmetric."""
-    depth = radius * b.uniform(0.3, 1.2)
+    depth = radius * b.uniform(0.25, 0.9)
     style = b.integer(0, 6)
     if style == 0:  # cylinder with a grip bar
         b.cylinder(part, radius, depth * 0.3, (0, 0, depth * 0.3), "z", "dial", index)

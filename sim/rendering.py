@@ -2,12 +2,18 @@
 """Off-screen pictures of worlds: one OpenGL context a thread, shared by all worlds."""
 
 import ctypes.util
+import importlib
 import os
 import threading
 from typing import NamedTuple
 
+import cv2
+import mujoco
 import numpy as np
 from numpy.typing import NDArray
+
+from sim.builder import COLLISION_ONLY_GROUP, MESH_SLOTS
+from sim.world import FAR, NEAR, PLANE_SIZE, PLANE_SLOTS, add_slots
 
 _INSTALL = (
     "Off-screen rendering needs EGL or OSMesa. On Debian or Ubuntu install them with\n"
@@ -17,24 +23,16 @@ _INSTALL = (
 )
 
 
-def _choose_backend() -> None:
-    """Sets MUJOCO_GL before MuJoCo is imported, unless the user has chosen."""
-    if os.environ.get("MUJOCO_GL"):
-        return
-    if ctypes.util.find_library("EGL"):
-        os.environ["MUJOCO_GL"] = "egl"
-    elif ctypes.util.find_library("OSMesa"):
-        os.environ["MUJOCO_GL"] = "osmesa"
-    else:
-        raise RuntimeError(f"neither libEGL nor libOSMesa was found. {_INSTALL}")
+def _backend() -> str:
+    """"egl" or "osmesa": the user's MUJOCO_GL if it is one of them, else what is installed."""
+    wanted = os.environ.get("MUJOCO_GL", "").lower()
+    if wanted in ("egl", "osmesa"):
+        return wanted
+    for name, library in (("egl", "EGL"), ("osmesa", "OSMesa")):
+        if ctypes.util.find_library(library):
+            return name
+    raise RuntimeError(f"neither libEGL nor libOSMesa was found. {_INSTALL}")
 
-
-_choose_backend()
-
-import mujoco  # noqa: E402  (after the choice of its OpenGL backend)
-
-from sim.builder import COLLISION_ONLY_GROUP, MESH_SLOTS  # noqa: E402
-from sim.world import FAR, NEAR, add_slots  # noqa: E402
 
 SUPERSAMPLING = 2
 _MAX_GEOMS = 1000
@@ -57,17 +55,20 @@ class Studio:
         add_slots(spec)
         for i in range(MESH_SLOTS):
             spec.add_mesh(name=f"mesh{i}").make_cone(3, 1)
+        for _ in range(PLANE_SLOTS):  # the context holds a display list for each plane
+            spec.worldbody.add_geom(type=mujoco.mjtGeom.mjGEOM_PLANE, size=PLANE_SIZE)
         spec.visual.global_.offheight = height
         spec.visual.global_.offwidth = width
         model = spec.compile()
         self.size = size
         self._owner: object = None
+        backend = _backend()
         try:
-            self._gl = mujoco.GLContext(width, height)
+            # mujoco.GLContext depends on what MUJOCO_GL was when MuJoCo was first imported.
+            self._gl = importlib.import_module(f"mujoco.{backend}").GLContext(width, height)
             self._gl.make_current()
             self._context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_50.value)
         except Exception as error:
-            backend = os.environ.get("MUJOCO_GL")
             raise RuntimeError(f"OpenGL backend {backend!r} failed: {error}. {_INSTALL}") from error
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN.value, self._context)
         self._context.readDepthMap = mujoco.mjtDepthMap.mjDEPTH_ZEROFAR
@@ -101,9 +102,8 @@ class Studio:
         rect = mujoco.MjrRect(0, 0, width, height)
         mujoco.mjr_render(rect, self._scene, self._context)
         mujoco.mjr_readPixels(picture, None, rect, self._context)
-        blocks = picture[::-1].reshape(size[0], SUPERSAMPLING, size[1], SUPERSAMPLING, 3)
-        total = blocks.astype(np.uint16).sum((1, 3), dtype=np.uint16)
-        return ((total + SUPERSAMPLING**2 // 2) // SUPERSAMPLING**2).astype(np.uint8)
+        reduced = cv2.resize(picture, (size[1], size[0]), interpolation=cv2.INTER_AREA)
+        return np.ascontiguousarray(reduced[::-1])
 
     def layers(self, size: tuple[int, int]) -> Layers:
         """Depth and geom ids of the loaded state, of the surface at each pixel's centre."""
@@ -119,8 +119,8 @@ class Studio:
             for flag in (mujoco.mjtRndFlag.mjRND_SEGMENT, mujoco.mjtRndFlag.mjRND_IDCOLOR):
                 self._scene.flags[flag] = False
         mujoco.mjr_readPixels(colour, buffer, rect, self._context)
-        code = colour[::-1].astype(np.int32)
-        segment = code[..., 0] + (code[..., 1] << 8) + (code[..., 2] << 16)  # 0: no surface
+        # Colour 0 is no surface; _MAX_GEOMS is below 2^16, so blue is never used.
+        segment = colour[::-1, :, 0] + (colour[::-1, :, 1].astype(np.int32) << 8)
         table = np.full(self._scene.ngeom + 1, -1, np.int32)
         for i in range(self._scene.ngeom):
             geom = self._scene.geoms[i]
@@ -128,8 +128,8 @@ class Studio:
                 table[geom.segid + 1] = geom.objid
         geoms = table[segment]
         # Reversed z: the buffer holds near (far - z) / (z (far - near)) in 0 (far) .. 1 (near).
-        inverse = buffer[::-1].astype(np.float64) * (1 / NEAR - 1 / FAR) + 1 / FAR
-        depth = np.where(geoms >= 0, 1 / inverse, 0).astype(np.float32)
+        inverse = buffer[::-1] * np.float32(1 / NEAR - 1 / FAR) + np.float32(1 / FAR)
+        depth = np.where(geoms >= 0, 1 / inverse, np.float32(0))
         return Layers(depth, geoms)
 
 

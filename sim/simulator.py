@@ -3,13 +3,11 @@
 
 from dataclasses import dataclass
 
+import mujoco
 import numpy as np
 from numpy.typing import NDArray
 
-from sim import rendering  # before mujoco: chooses the OpenGL backend
-
-import mujoco  # isort: skip
-
+from sim import rendering
 from sim.builder import FreeBody
 from sim.flow import dense_flow, moving_bodies, point_flow
 from sim.textures import random_colour
@@ -18,11 +16,14 @@ from sim.world import BACKDROP, CUBE_TEXTURES, LIGHTS, PLAIN_MATERIALS, PLANE_TE
 HORIZON_S = 1.0
 """Time between a picture and its future."""
 
+STILL = "nothing moves"
+"""Description of futures without body motion."""
+
 # Optical frame (x right, y down, z forward) in MuJoCo's camera frame (x right, y up, z backward).
 _OPTICAL = np.diag([1.0, -1.0, -1.0])
 _VISIBLE_SHARE = 0.004  # of the picture: a part below is not chosen to move
-_SUBJECT_SHARE = (0.02, 0.8)  # of the picture, wanted for the movable parts together
-_MAX_FLOW = 0.8  # futures in which a visible point moves farther are drawn anew
+_SUBJECT_SHARE = (0.03, 0.8)  # of the picture, wanted for the main asset's movable parts together
+_FLOW_RANGE = (0.004, 0.8)  # of the strongest flow in a future; others are drawn anew
 _OCCLUSION_TOLERANCE = 0.01  # relative depth difference that still counts as the same surface
 
 
@@ -108,9 +109,11 @@ class Simulator:
         self._scratch = mujoco.MjData(self.model)
         self._body_of_geom = self._movable_bodies()[self.model.geom_bodyid].astype(np.uint8)
         self._body_of_part = np.array([p.body.id for p in self._world.parts])
+        self._subject = np.zeros(256, bool)  # [body] moves with a joint of the main asset
         self._shadows = False
         self._camera_distance = 1.0
         self._frame: Frame | None = None
+        self._visible: tuple[Frame, NDArray[np.intp]] | None = None  # parts of that frame
         self._index_parts()
         self.rerandomize(rng)
 
@@ -142,6 +145,8 @@ class Simulator:
             for child in range(body + 1, model.nbody):
                 carried[row, child] = carried[row, model.body_parentid[child]]
         self._carried_by_part = carried
+        own = [part.asset == 0 for part in self._world.parts]
+        self._subject[: model.nbody] = carried[own].any(0)
 
     def rerandomize(self, rng: np.random.Generator) -> None:
         """Draws joint state, layout of free bodies, materials, lights and camera anew."""
@@ -273,10 +278,10 @@ class Simulator:
     def _randomize_camera(self, rng: np.random.Generator) -> None:
         """Looks for a view in which the movable parts are neither tiny nor all there is."""
         best, best_error = None, np.inf
-        for _ in range(5):
-            pose, fovy, distance = self._draw_camera(rng)
+        for attempt in range(12):
+            pose, fovy, distance = self._draw_camera(rng, careful=attempt >= 4)
             self._set_camera(pose, fovy)
-            share = np.count_nonzero(self._layers()[1]) / np.prod(self.size)
+            share = float(self._subject[self._layers()[1]].mean())
             low, high = _SUBJECT_SHARE
             error = max(low - share, share - high, 0.0)
             if error < best_error:
@@ -287,13 +292,18 @@ class Simulator:
         self._set_camera(best[0], best[1])
         self._camera_distance = best[2]
 
-    def _draw_camera(self, rng: np.random.Generator) -> tuple[NDArray[np.float64], float, float]:
-        """Returns pose [4, 4] of the optical frame, vertical field of view (rad), distance (m)."""
+    def _draw_camera(
+        self, rng: np.random.Generator, careful: bool
+    ) -> tuple[NDArray[np.float64], float, float]:
+        """Returns pose [4, 4] of the optical frame, vertical field of view (rad), distance (m).
+
+        A careful view is from about the front and slightly above, and frames the movable parts.
+        """
         model, data, world = self.model, self.data, self._world
         own = [i for i, part in enumerate(world.parts) if part.asset == 0]
-        if rng.random() < 0.35 and own:  # one part, close
+        if rng.random() < 0.25 and not careful:  # one part, close
             bodies = self._carried_by_part[own[int(rng.integers(len(own)))]]
-        elif self.kind in ("body", "arm") or rng.random() < 0.3:  # all movable parts
+        elif careful or self.kind in ("body", "arm") or rng.random() < 0.3:  # all movable parts
             bodies = self._carried_by_part[own].any(0)
         else:
             bodies = np.zeros(model.nbody, bool)
@@ -309,13 +319,15 @@ class Simulator:
         fovy = np.deg2rad(np.exp(rng.uniform(np.log(18), np.log(75))))
         aspect = self.size[1] / self.size[0]
         narrow = fovy if aspect >= 1 else 2 * np.arctan(np.tan(fovy / 2) * aspect)
-        distance = radius / np.sin(narrow / 2) * np.exp(rng.uniform(np.log(0.75), np.log(1.9)))
+        distance = radius / np.sin(narrow / 2) * np.exp(rng.uniform(np.log(0.65), np.log(1.6)))
         around = world.walled or self.kind not in ("body", "arm", "turntable")
         azimuth = rng.normal(0, 0.5) if around else rng.uniform(-np.pi, np.pi)
         azimuth = world.front + np.clip(azimuth, -1.2, 1.2) if around else azimuth
         level = (0.1, 1.35) if self.kind == "body" else (-0.05, 1.1)
         elevation = rng.uniform(*level)
-        if rng.random() < 0.04:
+        if careful:
+            azimuth, elevation = 0.4 * azimuth, rng.uniform(0.2, 0.8)
+        elif rng.random() < 0.04:
             elevation = rng.uniform(1.3, 1.55)  # from above
         away = np.array(
             [
@@ -393,7 +405,7 @@ class Simulator:
     def _still(self, camera_motion: NDArray) -> Future:
         motion = np.broadcast_to(np.eye(4, dtype=np.float32), (self.model.nbody, 4, 4)).copy()
         return Future(
-            motion, camera_motion.astype(np.float32), "nothing moves", self.data.qpos.copy()
+            motion, camera_motion.astype(np.float32), STILL, self.data.qpos.copy()
         )
 
     def _draw_camera_motion(self, rng: np.random.Generator) -> NDArray[np.float64]:
@@ -429,9 +441,12 @@ class Simulator:
         return Future(motion, camera_motion.astype(np.float32), ", ".join(names), qpos)
 
     def _visible_parts(self) -> NDArray[np.intp]:
-        counts = np.bincount(self.render().bodies.ravel(), minlength=self.model.nbody)
-        shares = self._carried_by_part @ counts / np.prod(self.size)
-        return np.flatnonzero(shares >= _VISIBLE_SHARE)
+        frame = self.render()
+        if self._visible is None or self._visible[0] is not frame:
+            counts = np.bincount(frame.bodies.ravel(), minlength=self.model.nbody)
+            shares = self._carried_by_part @ counts / frame.bodies.size
+            self._visible = (frame, np.flatnonzero(shares >= _VISIBLE_SHARE))
+        return self._visible[1]
 
     @staticmethod
     def _next_joint_value(
@@ -531,16 +546,18 @@ class Simulator:
         return frame.camera_pose[:3, :3] @ optical + frame.camera_pose[:3, 3]
 
     def _acceptable(self, future: Future) -> bool:
-        """Whether visible points stay in reach; looks at each fourth pixel in x and y."""
+        """Whether what moves can be seen to move, and stays in reach; looks at some pixels."""
         frame = self.render()
-        step = max(1, min(self.size) // 32)
+        step = max(1, min(self.size) // 20)
         v, u = np.mgrid[0 : self.size[0] : step, 0 : self.size[1] : step]
         v, u = v.ravel(), u.ravel()
         result = point_flow(
             np.stack([u, v], -1), frame.depth[v, u], frame.bodies[v, u], frame.intrinsics,
             self.size, frame.camera_pose, future.body_motion, future.camera_motion,
         )  # fmt: skip
-        return bool(np.abs(result.flow).max(initial=0) <= _MAX_FLOW)
+        strongest = float(np.abs(result.flow).max(initial=0))
+        low, high = _FLOW_RANGE
+        return strongest <= high and (strongest >= low or future.description == STILL)
 
     # Truth ----------------------------------------------------------------------------------
 

@@ -237,20 +237,27 @@ def surface(rng: np.random.Generator, bank: NDArray[np.uint8]) -> NDArray[np.uin
     return picture
 
 
-def cube_faces(picture: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
-    """[6 * S, S, 3]: the picture on six faces, turned and mirrored at random.
+def cube_faces(
+    picture: NDArray[np.uint8], size: int, rng: np.random.Generator
+) -> NDArray[np.uint8]:
+    """[6 * size, size, 3]: the picture on six faces, turned and mirrored at random.
 
-    One face in four is plain, as labels and fronts differ from sides.
+    Either the whole picture or a part of it; some faces are plain, as labels and fronts differ
+    from sides.
     """
-    faces = []
-    for _ in range(6):
-        face = np.rot90(picture, int(rng.integers(0, 2)))
-        if rng.random() < 0.5:
-            face = face[:, ::-1]
-        if rng.random() < 0.15:
-            face = np.broadcast_to(picture.mean((0, 1), keepdims=True), picture.shape)
-        faces.append(face)
-    return np.concatenate(faces).astype(np.uint8)
+    if rng.random() < 0.5:
+        x, y = rng.integers(0, len(picture) - size + 1, 2)
+        picture = picture[y : y + size, x : x + size]
+    else:
+        picture = cv2.resize(picture, (size, size), interpolation=cv2.INTER_AREA)
+    faces = np.empty((6, size, size, 3), np.uint8)
+    for face, choice in zip(faces, rng.integers(0, 20, 6), strict=True):
+        if choice < 17:
+            turned = picture.transpose(1, 0, 2) if choice & 1 else picture
+            face[:] = turned[:, ::-1] if choice & 2 else turned
+        else:
+            face[:] = picture[size // 2, size // 2]
+    return faces.reshape(6 * size, size, 3)
 
 
 def sky(rng: np.random.Generator, size: int = 32) -> NDArray[np.uint8]:

@@ -22,11 +22,14 @@ from sim.textures import PATTERN_SIZE, cube_faces, pattern_bank, sky, surface
 
 # Each world has the same texture, material and mesh slots: the render context, which is expensive,
 # is then made once in a process and only the contents are uploaded again.
-SKY_SIZE = 32
+SKY_SIZE = 16
+CUBE_SIZE = 64
 CUBE_TEXTURES = 8
 PLANE_TEXTURES = 3
 PLAIN_MATERIALS = 16
 LIGHTS = 3
+PLANE_SLOTS = 3  # floor, back wall, side wall
+PLANE_SIZE = (20.0, 20.0, 5.0)  # half sizes in metres, grid step
 NEAR, FAR = 0.02, 60.0  # clipping planes in metres
 
 
@@ -50,7 +53,7 @@ def add_slots(spec: mujoco.MjSpec) -> None:
 
     texture("sky", mujoco.mjtTexture.mjTEXTURE_SKYBOX, SKY_SIZE)
     for i in range(CUBE_TEXTURES):
-        texture(f"cube{i}", mujoco.mjtTexture.mjTEXTURE_CUBE, PATTERN_SIZE)
+        texture(f"cube{i}", mujoco.mjtTexture.mjTEXTURE_CUBE, CUBE_SIZE)
     for i in range(PLANE_TEXTURES):
         texture(f"plane{i}", mujoco.mjtTexture.mjTEXTURE_2D, PATTERN_SIZE)
     role = mujoco.mjtTextureRole.mjTEXROLE_RGB
@@ -101,9 +104,9 @@ def _backdrop(b: Builder, kind: str, extents: list[tuple[float, float, float, fl
     floor, radius = 0.0, 4 * scale
     plane = mujoco.mjtGeom.mjGEOM_PLANE
 
-    def flat(pos, quat, size, look: str) -> None:
+    def flat(pos, quat, look: str) -> None:
         geom = world.add_geom(
-            type=plane, pos=pos, quat=quat, size=(*size, 100), contype=2, conaffinity=0
+            type=plane, pos=pos, quat=quat, size=PLANE_SIZE, contype=2, conaffinity=0
         )
         b.looks.append((geom, (BACKDROP, look, 0)))
 
@@ -126,17 +129,17 @@ def _backdrop(b: Builder, kind: str, extents: list[tuple[float, float, float, fl
                 at = (centre[0] + sx * half_x * 0.65, centre[1] + sy * half_y * 0.65, floor / 2)
                 here.box(world, (leg, leg, -floor / 2), at, "legs")
         radius = min(half_x, half_y)
-    flat((0, 0, floor), (1, 0, 0, 0), (20, 20), "floor")
+    flat((0, 0, floor), (1, 0, 0, 0), "floor")
     walled = b.chance(0.7)
     if walled:
         y = high_y + scale * b.pick(0.02, b.uniform(0.02, 2.5))
         if table:
             y = max(y, high_y + margin + 0.01)
-        flat((0, y, 0), turn("x", np.pi / 2), (20, 20), "wall")
+        flat((0, y, 0), turn("x", np.pi / 2), "wall")
         if b.chance(0.25):
             side = b.pick(-1, 1)
             at = (high_x if side > 0 else low_x) + side * scale * b.uniform(0.3, 2)
-            flat((at, 0, 0), turn("y", -side * np.pi / 2), (20, 20), "sidewall")
+            flat((at, 0, 0), turn("y", -side * np.pi / 2), "sidewall")
         here = Builder(b.spec, b.rng, scale, asset=BACKDROP, looks=b.looks)
         for i in range(b.pick(0, 0, 1, 2, 3)):  # pictures, switches, shelves on the wall
             at = (b.uniform(-1.5, 1.5), y / scale - 0.01, b.uniform(0.2, 1.8))
@@ -232,6 +235,6 @@ def _paint(spec: mujoco.MjSpec, rng: np.random.Generator, bank_number: int) -> N
         if texture.name == "sky":
             texture.data = sky(rng, SKY_SIZE).tobytes()
         elif texture.name.startswith("cube"):
-            texture.data = cube_faces(surface(rng, bank), rng).tobytes()
+            texture.data = cube_faces(surface(rng, bank), CUBE_SIZE, rng).tobytes()
         else:
             texture.data = surface(rng, bank).tobytes()
