@@ -110,8 +110,8 @@ def array_to_image(pixels: NDArray[Any], encoding: str, header: Header) -> Image
     if layout is None:
         raise ImageError(f"image encoding {encoding!r} is unknown, expected one of {[*ENCODINGS]}")
     channels = () if layout.channels == 1 else (layout.channels,)
-    expected = (*pixels.shape[:2], *channels)
-    if pixels.dtype != layout.dtype or pixels.shape != expected or pixels.size == 0:
+    fits = pixels.ndim == 2 + len(channels) and pixels.shape[2:] == channels and pixels.size > 0
+    if pixels.dtype != layout.dtype or not fits:
         raise ImageError(
             f"encoding {encoding!r} expects {np.dtype(layout.dtype)} of shape "
             f"{('H', 'W', *channels)}, received {pixels.dtype} of shape {pixels.shape}"

@@ -405,10 +405,10 @@ class FptNode(LifecycleNode):
             return None
         have = f"{len(self._held)} are held"
         if self._held:
-            have += f", from {_stamp_ns(self._held[0].header) / 1e9:.9f} to {newest_ns / 1e9:.9f}"
+            have += f", from {_seconds(_stamp_ns(self._held[0].header))} to {_seconds(newest_ns)}"
         self._report(
             _kind(request.msg),
-            f"the image with stamp {stamp_ns / 1e9:.9f} s that they name is not held; {have}",
+            f"the image with stamp {_seconds(stamp_ns)} that they name is not held; {have}",
         )
         return None
 
@@ -490,6 +490,11 @@ class FptNode(LifecycleNode):
 
 def _stamp_ns(header: Header) -> int:
     return int(header.stamp.sec) * 1_000_000_000 + int(header.stamp.nanosec)
+
+
+def _seconds(stamp_ns: int) -> str:
+    """Exact, unlike a float."""
+    return f"{stamp_ns // 1_000_000_000}.{stamp_ns % 1_000_000_000:09d} s"
 
 
 def _kind(msg: PokeArray | QueryArray) -> str:

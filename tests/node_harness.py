@@ -110,7 +110,7 @@ def python_module(module: str, *ros_args: str) -> list[str]:
 
 
 def wait_until(
-    condition: Callable[[], bool], timeout_s: float = 10.0, explain: Callable[[], str] = str
+    condition: Callable[[], bool], timeout_s: float = 30.0, explain: Callable[[], str] = str
 ) -> None:
     """Wait for a condition, AssertionError after ``timeout_s``."""
     end = time.monotonic() + timeout_s
@@ -161,12 +161,28 @@ class Client:
             explain=lambda: f"nobody subscribes to {topic}",
         )
 
+    def wait_for_publisher(self, topic: str) -> None:
+        """Wait until a subscription of this client is connected to a publisher."""
+        wait_until(
+            lambda: self.node.count_publishers(topic) > 0,
+            explain=lambda: f"nobody publishes {topic}",
+        )
+
+    def call(self, srv_type: type, name: str, request: Any, timeout_s: float = 30.0) -> Any:
+        """Call a service; returns its response."""
+        client = self.node.create_client(srv_type, name)
+        assert client.wait_for_service(timeout_s), f"no service {name}"
+        future = client.call_async(request)
+        wait_until(future.done, timeout_s, lambda: f"{name} did not answer")
+        self.node.destroy_client(client)
+        return future.result()
+
     def publish(self, topic: str, msg: Any) -> None:
         """Publish on a topic that was advertised."""
         self._publishers[topic].publish(msg)
 
     def next(
-        self, topic: str, accept: Callable[[Any], bool] = lambda msg: True, timeout_s: float = 10.0
+        self, topic: str, accept: Callable[[Any], bool] = lambda msg: True, timeout_s: float = 30.0
     ) -> Any:
         """The first collected message that is accepted; waits for it."""
         found: list[Any] = []

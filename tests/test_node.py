@@ -1,0 +1,493 @@
+# SPDX-License-Identifier: MIT
+"""The FPT node over the wire: a node process, and this process as its camera and its user."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("fpt_msgs")
+
+from builtin_interfaces.msg import Time as Stamp
+from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
+from lifecycle_msgs.msg import Transition
+from lifecycle_msgs.srv import ChangeState
+from node_harness import (
+    SENSOR_QOS,
+    Client,
+    Process,
+    python_module,
+    save_small_model,
+    wait_until,
+)
+from rcl_interfaces.srv import SetParameters
+from rclpy.parameter import Parameter
+from rclpy.qos import DurabilityPolicy, QoSProfile
+from sensor_msgs.msg import Image
+from std_msgs.msg import Header
+
+from fpt_model import FlowPredictor, load_model
+from fpt_model.visualize import canvas_scale, flow_to_color
+from fpt_msgs.msg import FlowDistribution, PokeArray, QueryArray
+from fpt_ros.environment import claim_domain_id
+from fpt_ros.images import array_to_image, flat_array, image_to_array
+from fpt_ros.messages import Pokes, distribution_from_msg, pokes_to_msg, queries_to_msg
+from fpt_ros.pipeline import Answer, Settings, View
+
+HEIGHT, WIDTH = 48, 64
+DENSE = (12, 16)
+SETTINGS = Settings(dense_size=DENSE, query_grid=(3, 4))
+TOLERANCE_PX = 2e-3
+
+POKE = Pokes(np.array([[20.0, 10.0]]), np.array([[9.0, -4.0]]))
+OTHER_POKE = Pokes(np.array([[20.0, 10.0]]), np.array([[-9.0, 6.0]]))
+NO_POKES = Pokes()
+QUERIES = np.array([[10.0, 5.0], [40.0, 30.0], [63.5, 47.5]])
+OUTPUTS = ("flow", "flow_color", "mask", "influence", "overlay")
+
+
+def picture(seed: int = 0, size: tuple[int, int] = (HEIGHT, WIDTH)) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 255, (*size, 3), dtype=np.uint8)
+
+
+class User:
+    """Sends images, pokes and queries to the node, and knows what the answer must be."""
+
+    def __init__(self, client: Client, node: Process, model: Path) -> None:
+        self.client, self.node = client, node
+        self.predictor = FlowPredictor(load_model(model))
+
+    def expected(
+        self, pixels: np.ndarray, pokes: Pokes, queries: np.ndarray | None = None
+    ) -> Answer:
+        view = View(pixels, self.predictor.encode(pixels))
+        return Answer(self.predictor, view, pokes, queries, SETTINGS)
+
+    def header(self, age_s: float = 0.0) -> Header:
+        ns = self.client.node.get_clock().now().nanoseconds - int(age_s * 1e9)
+        return Header(
+            stamp=Stamp(sec=ns // 10**9, nanosec=ns % 10**9), frame_id="camera_optical_frame"
+        )
+
+    def send_image(self, pixels: np.ndarray, header: Header | None = None) -> Header:
+        header = header or self.header()
+        self.client.publish("/image", array_to_image(pixels, "rgb8", header))
+        return header
+
+    def send_pokes(self, pokes: Pokes, header: Header | None = None) -> None:
+        self.client.publish("/pokes", pokes_to_msg(pokes, header or Header()))
+
+    def send_queries(self, xy: np.ndarray, header: Header | None = None) -> None:
+        self.client.publish("/queries", queries_to_msg(xy, header or Header()))
+
+    def receive(self, topic: str, header: Header, accept: Callable[[Any], bool] = bool) -> Any:
+        """The message of an output with exactly this header."""
+        return self.client.next(f"/fpt/{topic}", lambda m: m.header == header and accept(m))
+
+    def expect_distribution(self, header: Header, expected: Answer) -> FlowDistribution:
+        """Wait for the distribution that the predictor itself gives."""
+
+        def same(msg: FlowDistribution) -> bool:
+            queries, mixture = distribution_from_msg(msg)
+            return (
+                queries.shape == expected.queries.shape
+                and np.allclose(queries, expected.queries, atol=1e-4)
+                and np.allclose(mixture.weights, expected.distribution.weights, atol=1e-3)
+                and np.allclose(mixture.means, expected.distribution.means, atol=TOLERANCE_PX)
+                and np.allclose(
+                    mixture.scale_tril, expected.distribution.scale_tril, atol=TOLERANCE_PX
+                )
+            )
+
+        return self.receive("distribution", header, same)
+
+    def shake_hands(self) -> None:
+        """Send until everything arrives: a connection is first known at one of its ends only."""
+        received = ("images received", "pokes received", "queries received", "answers")
+
+        def connected() -> bool:
+            self.send_pokes(NO_POKES)
+            self.send_queries(np.zeros((0, 2)))
+            self.send_image(picture())
+            time.sleep(0.2)
+            last = [values_of(m.status[0]) for m in self.client.received["/diagnostics"][-1:]]
+            topics = ("distribution", *OUTPUTS)
+            return all(self.client.received[f"/fpt/{topic}"] for topic in topics) and all(
+                what in values for values in last for what in received
+            )
+
+        wait_until(connected, 30.0, lambda: f"no connection:\n{self.node.output}")
+
+    def check_alive(self) -> None:
+        """The node gives a right answer for a new image with standing pokes and queries."""
+        pixels = picture(99)
+        self.send_queries(QUERIES)
+        self.send_pokes(OTHER_POKE)
+        header = self.send_image(pixels)
+        self.expect_distribution(header, self.expected(pixels, OTHER_POKE, QUERIES))
+
+    def diagnostics(self, accept: Callable[[dict[str, str]], bool]) -> DiagnosticStatus:
+        """The first status from now on whose values are accepted."""
+        messages = self.client.received["/diagnostics"]
+        messages.clear()
+        msg = self.client.next("/diagnostics", lambda m: accept(values_of(m.status[0])))
+        return msg.status[0]
+
+    def expect_error(self, kind: str, *words: str) -> None:
+        """Wait for an error of this kind in the diagnostics."""
+        status = self.diagnostics(
+            lambda values: (
+                values["last error"].startswith(kind)
+                and all(word in values["last error"] for word in words)
+            )
+        )
+        assert status.level == DiagnosticStatus.WARN
+
+
+def values_of(status: DiagnosticStatus) -> dict[str, str]:
+    return {item.key: item.value for item in status.values}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_small_model(tmp_path_factory.mktemp("model") / "fpt-test.safetensors")
+
+
+@pytest.fixture(scope="module")
+def user(model: Path) -> Iterator[User]:
+    domain, claim = claim_domain_id()
+    parameters = {
+        "model": model,
+        "threads": 1,
+        "max_age_ms": 30000.0,  # a loaded machine must not fail the tests
+        "dense_height": DENSE[0],
+        "dense_width": DENSE[1],
+        "query_grid_height": SETTINGS.query_grid[0],
+        "query_grid_width": SETTINGS.query_grid[1],
+        "diagnostics_period_s": 0.2,
+    }
+    arguments = [word for k, v in parameters.items() for word in ("-p", f"{k}:={v}")]
+    node = Process(python_module("fpt_ros.node", *arguments), domain)
+    with claim, Client(domain) as client:
+        client.subscribe(FlowDistribution, "/fpt/distribution")
+        for name in OUTPUTS:
+            client.subscribe(Image, f"/fpt/{name}")
+        client.subscribe(DiagnosticArray, "/diagnostics")
+        node.wait_for("subscribed to /image, /pokes, /queries")
+        client.advertise(Image, "/image", SENSOR_QOS)
+        client.advertise(PokeArray, "/pokes")
+        client.advertise(QueryArray, "/queries")
+        user = User(client, node, model)
+        user.shake_hands()
+        yield user
+        code = node.interrupt()
+    assert code == 0, node.output
+    assert "Traceback" not in node.output
+
+
+@pytest.fixture(autouse=True)
+def forget(user: User) -> None:
+    """Each test begins without standing pokes and queries, and with nothing received."""
+    user.send_pokes(NO_POKES)
+    user.send_queries(np.zeros((0, 2)))
+    for messages in user.client.received.values():
+        messages.clear()
+
+
+def test_distribution_is_the_predictors(user: User) -> None:
+    pixels = picture()
+    user.send_pokes(POKE)
+    user.send_queries(QUERIES)
+    header = user.send_image(pixels)
+    expected = user.expected(pixels, POKE, QUERIES)
+    msg = user.expect_distribution(header, expected)
+    assert (msg.image_height, msg.image_width, msg.dims, msg.components) == (HEIGHT, WIDTH, 2, 4)
+    assert (msg.model_name, msg.horizon_s) == ("fpt-test", 0.5)
+    # what was sent matters
+    unpoked = user.expected(pixels, NO_POKES, QUERIES).distribution
+    assert np.abs(unpoked.means - expected.distribution.means).max() > 100 * TOLERANCE_PX
+
+
+def test_dense_outputs_cover_the_image_pixel_by_pixel(user: User) -> None:
+    pixels = picture(1)
+    header = user.header()
+    expected = user.expected(pixels, POKE)
+    user.send_pokes(POKE, header)
+    user.send_image(pixels, header)
+
+    def close(topic: str, encoding: str, want: np.ndarray, tolerance: float) -> np.ndarray:
+        def accept(msg: Image) -> bool:
+            got = image_to_array(msg).astype(np.float64)
+            return got.shape == want.shape and np.abs(got - want).max() <= tolerance
+
+        msg = user.receive(topic, header, accept)
+        assert msg.encoding == encoding
+        return image_to_array(msg)
+
+    assert expected.flow.shape == (HEIGHT, WIDTH, 2)
+    flow = close("flow", "32FC2", expected.flow, TOLERANCE_PX)
+    influence = close("influence", "32FC1", expected.influence, 1e-2)
+    close("flow_color", "rgb8", flow_to_color(flow), 3)
+    mask = image_to_array(user.receive("mask", header, lambda m: any(m.data)))
+    np.testing.assert_array_equal(mask, 255 * (influence > user.predictor.config.kl_threshold))
+    overlay = user.receive("overlay", header)
+    scale = canvas_scale(HEIGHT, WIDTH)
+    assert (overlay.encoding, overlay.height) == ("rgb8", scale * HEIGHT)
+
+
+def test_an_answer_without_pokes_and_queries(user: User) -> None:
+    pixels = picture(2)
+    header = user.send_image(pixels)
+    msg = user.expect_distribution(header, user.expected(pixels, NO_POKES))
+    assert msg.count == np.prod(SETTINGS.query_grid)
+    mask = image_to_array(user.receive("mask", header))
+    assert mask.shape == (HEIGHT, WIDTH)
+    assert not mask.any()
+
+
+def test_new_pokes_are_answered_on_the_image_at_hand_and_an_empty_array_clears(user: User) -> None:
+    pixels = picture(3)
+    header = user.send_image(pixels)
+    user.expect_distribution(header, user.expected(pixels, NO_POKES))
+    for pokes in (POKE, OTHER_POKE, NO_POKES):
+        user.client.received["/fpt/distribution"].clear()
+        user.send_pokes(pokes)
+        user.expect_distribution(header, user.expected(pixels, pokes))
+    # standing pokes go on with the next image
+    user.send_pokes(POKE)
+    header = user.send_image(picture(4))
+    user.expect_distribution(header, user.expected(picture(4), POKE))
+
+
+def test_pokes_with_a_stamp_are_for_that_image_only(user: User) -> None:
+    first, second = picture(5), picture(6)
+    first_header = user.send_image(first)
+    user.expect_distribution(first_header, user.expected(first, NO_POKES))
+    second_header = user.send_image(second)
+    user.expect_distribution(second_header, user.expected(second, NO_POKES))
+    user.send_pokes(POKE, first_header)
+    user.expect_distribution(first_header, user.expected(first, POKE))
+    third_header = user.send_image(second)
+    user.expect_distribution(third_header, user.expected(second, NO_POKES))
+
+
+def test_pokes_may_come_before_the_image_that_they_name(user: User) -> None:
+    user.check_alive()
+    pixels, header = picture(7), user.header()
+    user.send_pokes(POKE, header)
+    time.sleep(0.2)
+    user.send_image(pixels, header)
+    user.expect_distribution(header, user.expected(pixels, POKE, QUERIES))
+
+
+@pytest.mark.parametrize("age_s", [60.0, -60.0])
+def test_pokes_for_an_image_that_is_not_held_are_refused(user: User, age_s: float) -> None:
+    user.check_alive()
+    header = user.header(age_s)
+    user.send_pokes(POKE, header)
+    user.expect_error("pokes", f"{header.stamp.sec}.{header.stamp.nanosec:09d}", "not held")
+    user.check_alive()
+
+
+def malformed(**changes: Any) -> Image:
+    msg = array_to_image(picture(), "rgb8", Header())
+    for name, value in changes.items():
+        setattr(msg, name, value)
+    return msg
+
+
+@pytest.mark.parametrize(
+    ("msg", "words"),
+    [
+        (malformed(data=flat_array("B", np.zeros(100, np.uint8))), ("100 bytes", "9216")),
+        (malformed(data=flat_array("B", np.zeros(0, np.uint8)), height=0), ("empty",)),
+        (malformed(step=10), ("step is 10", "192")),
+        (malformed(encoding="yuv9"), ("'yuv9'",)),
+        (malformed(encoding="32FC1"), ("'32FC1'",)),
+    ],
+    ids=["wrong length", "empty", "small step", "unknown encoding", "no colour"],
+)
+def test_bad_images_are_named_and_survived(user: User, msg: Image, words: tuple[str, ...]) -> None:
+    msg.header = user.header()
+    user.client.publish("/image", msg)
+    user.expect_error("image", *words)
+    user.check_alive()
+
+
+@pytest.mark.parametrize(
+    ("poke", "words"),
+    [
+        (Pokes(np.array([[np.nan, 3.0]]), np.array([[1.0, 1.0]])), ("poke 0 of 1", "nan")),
+        (Pokes(np.array([[5.0, 3.0]]), np.array([[np.inf, 1.0]])), ("poke 0 of 1", "inf")),
+        (
+            Pokes(np.array([[5.0, 3.0], [64.0, 3.0]]), np.ones((2, 2))),
+            ("poke 1 of 2", "x=64", "64 x 48"),
+        ),
+        (Pokes(np.zeros((129, 2)), np.zeros((129, 2))), ("129 pokes", "128")),
+    ],
+    ids=["nan", "inf", "outside", "too many"],
+)
+def test_bad_pokes_are_named_and_change_nothing(
+    user: User, poke: Pokes, words: tuple[str, ...]
+) -> None:
+    user.check_alive()
+    user.send_pokes(poke)
+    user.expect_error("pokes", *words)
+    header = user.send_image(picture(8))
+    user.expect_distribution(header, user.expected(picture(8), OTHER_POKE, QUERIES))
+
+
+def test_errors_are_logged_once_a_second(user: User) -> None:
+    def logged() -> list[str]:
+        return [line for line in user.node.lines if "[ERROR]" in line and "x=77" in line]
+
+    time.sleep(1.0)  # since errors of this kind in other tests
+    user.send_image(picture())
+    outside = Pokes(np.array([[77.0, 3.0]]), np.ones((1, 2)))
+    for _ in range(20):
+        user.send_pokes(outside)
+    user.diagnostics(lambda values: "x=77" in values["last error"])
+    wait_until(lambda: len(logged()) > 0)
+    assert "poke 0 of 1 at x=77, y=3 px lies outside the 64 x 48 px image" in logged()[0]
+    assert len(logged()) <= 2
+
+
+def test_bad_queries_are_named(user: User) -> None:
+    user.check_alive()
+    for xy, words in (
+        (np.array([[3.0, np.nan]]), ("query 0 of 1", "nan")),
+        (np.array([[3.0, 4.0], [3.0, 48.0]]), ("query 1 of 2", "y=48")),
+    ):
+        user.send_queries(xy)
+        user.expect_error("queries", *words)
+    user.check_alive()
+
+
+def test_ten_thousand_queries(user: User) -> None:
+    pixels = picture(9)
+    queries = np.random.default_rng(0).uniform(0, (WIDTH - 1, HEIGHT - 1), (10_000, 2))
+    queries = queries.astype(np.float32).astype(np.float64)
+    user.send_pokes(POKE)
+    user.send_queries(queries)
+    header = user.send_image(pixels)
+    msg = user.expect_distribution(header, user.expected(pixels, POKE, queries))
+    assert msg.count == 10_000
+
+
+def test_the_image_may_change_its_size(user: User) -> None:
+    far = Pokes(np.array([[60.0, 40.0]]), np.array([[2.0, 2.0]]))
+    header = user.send_image(picture(10))
+    user.send_pokes(far)
+    user.expect_distribution(header, user.expected(picture(10), far))
+    # the poke does not lie in the smaller image: no answer rather than another one
+    small = picture(11, (24, 32))
+    header = user.send_image(small)
+    user.expect_error("standing", "poke 0 of 1", "32 x 24")
+    assert not [m for m in user.client.received["/fpt/distribution"] if m.header == header]
+    user.send_pokes(POKE)
+    msg = user.expect_distribution(header, user.expected(small, POKE))
+    assert (msg.image_height, msg.image_width) == (24, 32)
+    assert image_to_array(user.receive("flow", header)).shape == (24, 32, 2)
+    # and back again; queries and pokes that do not fit the small image come after the larger one
+    header = user.send_image(picture())
+    user.expect_distribution(header, user.expected(picture(), POKE))
+    user.check_alive()
+
+
+def test_old_images_are_dropped_and_counted(user: User) -> None:
+    def dropped(values: dict[str, str]) -> int:
+        return int(values.get("images dropped: too old", "0"))
+
+    before = dropped(values_of(user.diagnostics(lambda values: True)))
+    header = user.send_image(picture(12), user.header(age_s=3600.0))
+    user.diagnostics(lambda values: dropped(values) == before + 1)
+    user.node.wait_for("are the clocks of camera and node the same")
+    assert not [m for m in user.client.received["/fpt/distribution"] if m.header == header]
+    user.check_alive()
+
+
+def test_only_the_newest_image_is_answered(user: User) -> None:
+    headers = [user.send_image(picture(seed)) for seed in range(40)]
+    user.expect_distribution(headers[-1], user.expected(picture(39), NO_POKES))
+    stamps = [m.header.stamp for m in user.client.received["/fpt/distribution"]]
+    order = [(s.sec, s.nanosec) for s in stamps]
+    assert order == sorted(order)
+    assert len(order) < len(headers)
+
+
+def test_incompatible_qos_is_named(user: User) -> None:
+    latched = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
+    user.client.subscribe(Image, "/fpt/mask", latched)
+    user.node.wait_for("a subscriber of /fpt/mask has incompatible QoS")
+    assert "DURABILITY" in user.node.output
+
+
+def test_lifecycle_and_laziness(model: Path) -> None:
+    """From a missing model to answers, in a node that computes only what is subscribed to."""
+    domain, claim = claim_domain_id()
+    node = Process(
+        python_module(
+            "fpt_ros.node", "-p", "autostart:=false", "-p", "model:=absent", "-p",
+            "diagnostics_period_s:=0.2", "-p", "max_age_ms:=30000.0", "-r", "__ns:=/left",
+        ),
+        domain,
+    )  # fmt: skip
+    with claim, Client(domain) as client:
+        client.subscribe(DiagnosticArray, "/diagnostics")
+        client.subscribe(FlowDistribution, "/left/fpt/distribution")
+
+        def change(transition: int) -> bool:
+            request = ChangeState.Request(transition=Transition(id=transition))
+            return client.call(ChangeState, "/left/fpt/change_state", request).success
+
+        def set_model() -> Any:
+            value = Parameter("model", value=str(model)).to_parameter_msg()
+            request = SetParameters.Request(parameters=[value])
+            return client.call(SetParameters, "/left/fpt/set_parameters", request).results[0]
+
+        assert not change(Transition.TRANSITION_CONFIGURE)
+        node.wait_for("cannot load model 'absent'")
+        failed = client.next(
+            "/diagnostics", lambda m: m.status[0].level == DiagnosticStatus.ERROR
+        ).status[0]
+        assert "absent" in failed.message
+        assert set_model().successful
+        assert change(Transition.TRANSITION_CONFIGURE)
+        refused = set_model()
+        assert not refused.successful
+        assert "unconfigured" in refused.reason
+        assert change(Transition.TRANSITION_ACTIVATE)
+
+        client.wait_for_publisher("/left/fpt/distribution")
+        client.advertise(Image, "/left/image", SENSOR_QOS)
+        header = Header(stamp=client.node.get_clock().now().to_msg(), frame_id="left")
+        client.publish("/left/image", array_to_image(picture(), "rgb8", header))
+        client.next("/left/fpt/distribution", lambda m: m.header == header)
+        answered = client.next(
+            "/diagnostics", lambda m: values_of(m.status[0]).get("answers") == "1"
+        ).status[0]
+        assert (answered.level, answered.name) == (DiagnosticStatus.OK, "left/fpt: inference")
+        values = values_of(answered)
+        assert values["device active"] == "cpu"
+        assert "predict time" in values
+        assert "dense time" not in values
+
+        assert change(Transition.TRANSITION_DEACTIVATE)
+        assert change(Transition.TRANSITION_CLEANUP)
+        assert change(Transition.TRANSITION_UNCONFIGURED_SHUTDOWN)
+        assert node.interrupt() == 0, node.output
+    assert "Traceback" not in node.output
+
+
+def test_wrong_parameters_are_named() -> None:
+    domain, claim = claim_domain_id()
+    with claim:
+        node = Process(python_module("fpt_ros.node", "-p", "max_age_ms:=soon"), domain)
+        node.wait_for("max_age_ms")
+        assert node.process.wait(30) == 1
+    assert "Traceback" not in node.output

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: MIT
+"""Conversion of pokes, queries and distributions, and the refusal of bad ones."""
+
+import numpy as np
+import pytest
+
+pytest.importorskip("fpt_msgs")
+
+from std_msgs.msg import Header
+
+from fpt_model import FlowMixture
+from fpt_msgs.msg import Poke, PokeArray
+from fpt_ros.images import flat_array
+from fpt_ros.messages import (
+    MessageError,
+    Pokes,
+    check_inside,
+    distribution_from_msg,
+    distribution_to_msg,
+    pokes_from_msg,
+    pokes_to_msg,
+    queries_from_msg,
+    queries_to_msg,
+)
+
+NAN, INF = float("nan"), float("inf")
+
+
+def test_pokes_round_trip() -> None:
+    pokes = Pokes(np.array([[1.5, 2.0], [-0.5, 7.0]]), np.array([[3.0, -4.0], [0.0, 0.25]]))
+    msg = pokes_to_msg(pokes, Header(frame_id="camera"))
+    assert msg.header.frame_id == "camera"
+    assert all(np.isnan(p.dz) for p in msg.pokes)
+    again = pokes_from_msg(msg)
+    np.testing.assert_array_equal(again.xy, pokes.xy)
+    np.testing.assert_array_equal(again.flow, pokes.flow)
+
+
+def test_no_pokes() -> None:
+    pokes = pokes_from_msg(PokeArray())
+    assert len(pokes) == 0
+    assert pokes.xy.shape == pokes.flow.shape == (0, 2)
+
+
+@pytest.mark.parametrize(("field", "value"), [("x", NAN), ("y", INF), ("dx", -INF), ("dy", NAN)])
+def test_poke_must_be_finite(field: str, value: float) -> None:
+    bad = Poke(x=1.0, y=2.0, dx=3.0, dy=4.0)
+    setattr(bad, field, value)
+    with pytest.raises(MessageError, match=f"poke 1 of 2 .*{field}={value:g}"):
+        pokes_from_msg(PokeArray(pokes=[Poke(), bad]))
+
+
+def test_too_many_pokes() -> None:
+    with pytest.raises(MessageError, match="received 3 pokes, expected at most 2"):
+        pokes_from_msg(PokeArray(pokes=[Poke()] * 3), max_pokes=2)
+
+
+def test_queries_round_trip() -> None:
+    xy = np.array([[0.0, 1.0], [2.5, 3.0]])
+    np.testing.assert_array_equal(queries_from_msg(queries_to_msg(xy, Header())), xy)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [([1.0, 2.0, 3.0], "3 values"), ([0.0, 0.0, 1.0, NAN], "query 1 of 2.*nan")],
+)
+def test_bad_queries(values: list[float], words: str) -> None:
+    msg = queries_to_msg(np.zeros((0, 2)), Header())
+    msg.xy = flat_array("f", np.array(values, np.float32))
+    with pytest.raises(MessageError, match=words):
+        queries_from_msg(msg)
+
+
+def test_the_border_is_inside_and_beyond_is_named() -> None:
+    check_inside("poke", np.array([[-0.5, -0.5], [63.5, 47.5]]), (48, 64))
+    with pytest.raises(MessageError, match=r"poke 1 of 2 at x=64, y=0 px .* 64 x 48 px image"):
+        check_inside("poke", np.array([[0.0, 0.0], [64.0, 0.0]]), (48, 64))
+
+
+def mixture(n: int) -> FlowMixture:
+    rng = np.random.default_rng(1)
+    weights = rng.dirichlet(np.ones(4), n)
+    tril = np.tril(rng.normal(0, 1, (n, 4, 2, 2))) + 3 * np.eye(2)
+    return FlowMixture(np.log(weights), rng.normal(0, 5, (n, 4, 2)), tril)
+
+
+def test_distribution_round_trip() -> None:
+    queries = np.array([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
+    sent = mixture(3)
+    msg = distribution_to_msg(sent, queries, (48, 64), Header(frame_id="camera"), "m", 0.5)
+    assert (msg.image_height, msg.image_width, msg.dims, msg.components, msg.count) == (
+        48, 64, 2, 4, 3,
+    )  # fmt: skip
+    assert (msg.model_name, msg.horizon_s, msg.header.frame_id) == ("m", 0.5, "camera")
+    again_queries, received = distribution_from_msg(msg)
+    np.testing.assert_array_equal(again_queries, queries)
+    np.testing.assert_allclose(received.weights, sent.weights, atol=1e-6)
+    np.testing.assert_allclose(received.means, sent.means, atol=1e-5)
+    np.testing.assert_allclose(received.scale_tril, sent.scale_tril, atol=1e-5)
+
+
+def test_distribution_lengths_are_checked() -> None:
+    msg = distribution_to_msg(mixture(2), np.zeros((2, 2)), (4, 4), Header())
+    msg.count = 3
+    with pytest.raises(MessageError, match=r"queries has 4 values, expected 3\*2 = 6"):
+        distribution_from_msg(msg)
+    with pytest.raises(ValueError, match="one for each query"):
+        distribution_to_msg(mixture(2), np.zeros((3, 2)), (4, 4), Header())
