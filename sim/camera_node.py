@@ -28,8 +28,9 @@ from std_msgs.msg import Header
 from fpt_model.geometry import displacement_normalised_to_pixels
 from fpt_msgs.msg import PokeArray
 from fpt_ros.images import array_to_image
-from fpt_ros.messages import Pokes, pokes_to_msg
+from fpt_ros.messages import pokes_to_msg
 from fpt_ros.parameters import Spec, declare_parameters
+from fpt_ros.pokes import Pokes
 from fpt_ros.spin import run
 from sim import HELD_OUT_KINDS, TRAIN_KINDS
 

@@ -221,6 +221,8 @@ def _write_shard(job: tuple[Path, str, int, Settings]) -> int:
     note = path.with_suffix(".json")
     if not _finished(path, note, settings):
         cv2.setNumThreads(1)
+        # Mesa's software renderer draws in this thread: workers are the parallelism.
+        os.environ.setdefault("LP_NUM_THREADS", "0")
         partial = path.with_suffix(".tar.partial")
         with webdataset.TarWriter(str(partial), user="fpt", group="fpt", mtime=0.0) as writer:
             for sample in generate(split, shard, settings):
