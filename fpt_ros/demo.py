@@ -43,7 +43,8 @@ from fpt_ros import environment
 from fpt_ros.commands.arguments import UserError, parse_poke
 from fpt_ros.commands.media import read_picture
 from fpt_ros.images import image_to_array
-from fpt_ros.messages import Pokes, distribution_from_msg, pokes_from_msg, queries_to_msg
+from fpt_ros.messages import distribution_from_msg, pokes_from_msg, queries_to_msg
+from fpt_ros.pokes import Pokes
 
 DEFAULT_SCENES = ("drawer:6", "door:5", "body:6")
 SCENE_SIZE = (480, 640)  # (height, width) of simulated images, px

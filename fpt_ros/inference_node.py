@@ -43,9 +43,6 @@ from fpt_msgs.msg import FlowDistribution, PokeArray, QueryArray
 from fpt_ros.images import ImageError, array_to_image, image_to_rgb
 from fpt_ros.inbox import Batch, Inbox, Request
 from fpt_ros.messages import (
-    MessageError,
-    Pokes,
-    check_inside,
     distribution_to_msg,
     pokes_from_msg,
     queries_from_msg,
@@ -53,6 +50,7 @@ from fpt_ros.messages import (
 from fpt_ros.monitor import Monitor
 from fpt_ros.parameters import FPT_PARAMETERS, declare_parameters
 from fpt_ros.pipeline import Answer, Settings, View
+from fpt_ros.pokes import Pokes, RequestError, check_inside
 
 IMAGE_WAIT_S = 1.0
 """Pokes and queries that name an image not yet received wait this long for it."""
@@ -387,7 +385,7 @@ class FptNode(LifecycleNode):
                 if size is not None:
                     check_inside("query", queries, size)
                 conditions.queries = queries if len(queries) else None
-        except MessageError as error:
+        except RequestError as error:
             self._report(_kind(msg), str(error))
             return False
         return True
@@ -425,7 +423,7 @@ class FptNode(LifecycleNode):
                 self._settings(),
                 self._monitor.stage,
             )
-        except MessageError as error:  # standing ones, when the image's size has changed
+        except RequestError as error:  # standing ones, when the image's size has changed
             self._report("standing", f"no answer: {error}; send new ones, or an empty array")
             return
         for publisher, build in self._outputs:

@@ -6,48 +6,29 @@ The unit and the convention of a pixel coordinate are those of `fpt_model.geomet
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from std_msgs.msg import Header
 
-from fpt_model.geometry import inside_image
 from fpt_model.mixture import FlowMixture
 from fpt_msgs.msg import FlowDistribution, Poke, PokeArray, QueryArray
 from fpt_ros.images import flat_array
-
-Size = tuple[int, int]  # (height, width) in px
-
-
-class MessageError(ValueError):
-    """A message that cannot be answered; the text names the element and value at fault."""
-
-
-@dataclass(frozen=True)
-class Pokes:
-    """Pokes in px: positions ``xy [P, 2]`` and displacements ``flow [P, 2]``, float64."""
-
-    xy: NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, 2)))
-    flow: NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, 2)))
-
-    def __len__(self) -> int:
-        return len(self.xy)
+from fpt_ros.pokes import Pokes, RequestError, Size
 
 
 def pokes_from_msg(msg: PokeArray, max_pokes: int | None = None) -> Pokes:
     """The pokes of a message. ``dz`` is left out: it may be NaN, and planar models do not use it.
 
     Raises:
-        MessageError: for a coordinate that is NaN or infinite, or more than ``max_pokes`` pokes.
+        RequestError: for a coordinate that is NaN or infinite, or more than ``max_pokes`` pokes.
     """
     if max_pokes is not None and len(msg.pokes) > max_pokes:
-        raise MessageError(f"received {len(msg.pokes)} pokes, expected at most {max_pokes}")
+        raise RequestError(f"received {len(msg.pokes)} pokes, expected at most {max_pokes}")
     values = np.array([(p.x, p.y, p.dx, p.dy) for p in msg.pokes], np.float64).reshape(-1, 4)
     bad = np.flatnonzero(~np.isfinite(values).all(axis=1))
     if bad.size:
         x, y, dx, dy = values[bad[0]]
-        raise MessageError(
+        raise RequestError(
             f"poke {bad[0]} of {len(values)} must be finite, "
             f"received x={x:g}, y={y:g}, dx={dx:g}, dy={dy:g}"
         )
@@ -67,39 +48,22 @@ def queries_from_msg(msg: QueryArray) -> NDArray[np.float64]:
     """The query positions ``[Q, 2]`` in px of a message.
 
     Raises:
-        MessageError: for an odd number of values, or one that is NaN or infinite.
+        RequestError: for an odd number of values, or one that is NaN or infinite.
     """
     values = np.frombuffer(msg.xy, np.float32).astype(np.float64)
     if len(values) % 2:
-        raise MessageError(f"queries must be x, y pairs, received {len(values)} values in xy")
+        raise RequestError(f"queries must be x, y pairs, received {len(values)} values in xy")
     xy = values.reshape(-1, 2)
     bad = np.flatnonzero(~np.isfinite(xy).all(axis=1))
     if bad.size:
         x, y = xy[bad[0]]
-        raise MessageError(f"query {bad[0]} of {len(xy)} must be finite, received x={x:g}, y={y:g}")
+        raise RequestError(f"query {bad[0]} of {len(xy)} must be finite, received x={x:g}, y={y:g}")
     return xy
 
 
 def queries_to_msg(xy: ArrayLike, header: Header) -> QueryArray:
     """A message of the query positions ``[Q, 2]`` in px."""
     return QueryArray(header=header, xy=flat_array("f", np.asarray(xy, np.float32)))
-
-
-def check_inside(what: str, xy: NDArray[np.float64], size: Size) -> None:
-    """Refuse positions ``xy [N, 2]`` in px that lie outside an image of ``size``.
-
-    Raises:
-        MessageError: naming the first of them; ``what`` is its name in the message, "poke" say.
-    """
-    outside = np.flatnonzero(~inside_image(xy, size))
-    if outside.size:
-        height, width = size
-        x, y = xy[outside[0]]
-        raise MessageError(
-            f"{what} {outside[0]} of {len(xy)} at x={x:g}, y={y:g} px lies outside the "
-            f"{width} x {height} px image, expected -0.5 <= x <= {width - 0.5} and "
-            f"-0.5 <= y <= {height - 0.5}"
-        )
 
 
 def distribution_to_msg(
@@ -140,7 +104,7 @@ def distribution_from_msg(msg: FlowDistribution) -> tuple[NDArray[np.float64], F
     """``(queries [N, 2], mixture [N])`` of a message, both in px.
 
     Raises:
-        MessageError: when the length of an array is not what count, components and dims say.
+        RequestError: when the length of an array is not what count, components and dims say.
     """
     n, k, d = msg.count, msg.components, msg.dims
     shapes = {
@@ -153,7 +117,7 @@ def distribution_from_msg(msg: FlowDistribution) -> tuple[NDArray[np.float64], F
     for name, shape in shapes.items():
         values = np.frombuffer(getattr(msg, name), np.float32)
         if values.size != np.prod(shape):
-            raise MessageError(
+            raise RequestError(
                 f"{name} has {values.size} values, expected {'*'.join(map(str, shape))} = "
                 f"{np.prod(shape)} (count={n}, components={k}, dims={d})"
             )

@@ -27,7 +27,7 @@ from fpt_model.geometry import (
 from fpt_model.mixture import FlowMixture
 from fpt_model.predictor import FlowPredictor, Scene
 from fpt_model.visualize import draw_overlay, flow_to_color
-from fpt_ros.messages import Pokes, check_inside
+from fpt_ros.pokes import Pokes, check_inside
 
 MAX_DRAWN_QUERIES = 32
 """The overlay draws at most this many queries, evenly picked: drawing costs 5 ms a query."""
@@ -68,7 +68,7 @@ class Answer:
         stage: called with a stage's name, gives the context in which the stage runs (for timing).
 
     Raises:
-        MessageError: when a poke or a query lies outside the image.
+        RequestError: when a poke or a query lies outside the image.
     """
 
     def __init__(

@@ -17,8 +17,9 @@ from std_msgs.msg import Header
 
 from fpt_msgs.msg import PokeArray
 from fpt_ros.commands.arguments import parse_poke
-from fpt_ros.messages import Pokes, pokes_to_msg
+from fpt_ros.messages import pokes_to_msg
 from fpt_ros.parameters import Spec, declare_parameters
+from fpt_ros.pokes import Pokes
 from fpt_ros.spin import run
 
 _PARAMETERS = (

@@ -36,8 +36,9 @@ from fpt_model.visualize import canvas_scale, flow_to_color
 from fpt_msgs.msg import FlowDistribution, PokeArray, QueryArray
 from fpt_ros.environment import claim_domain_id
 from fpt_ros.images import array_to_image, flat_array, image_to_array
-from fpt_ros.messages import Pokes, distribution_from_msg, pokes_to_msg, queries_to_msg
+from fpt_ros.messages import distribution_from_msg, pokes_to_msg, queries_to_msg
 from fpt_ros.pipeline import Answer, Settings, View
+from fpt_ros.pokes import Pokes
 
 HEIGHT, WIDTH = 48, 64
 DENSE = (12, 16)

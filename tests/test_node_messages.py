@@ -12,9 +12,6 @@ from fpt_model import FlowMixture
 from fpt_msgs.msg import Poke, PokeArray
 from fpt_ros.images import flat_array
 from fpt_ros.messages import (
-    MessageError,
-    Pokes,
-    check_inside,
     distribution_from_msg,
     distribution_to_msg,
     pokes_from_msg,
@@ -22,6 +19,7 @@ from fpt_ros.messages import (
     queries_from_msg,
     queries_to_msg,
 )
+from fpt_ros.pokes import Pokes, RequestError, check_inside
 
 NAN, INF = float("nan"), float("inf")
 
@@ -46,12 +44,12 @@ def test_no_pokes() -> None:
 def test_poke_must_be_finite(field: str, value: float) -> None:
     bad = Poke(x=1.0, y=2.0, dx=3.0, dy=4.0)
     setattr(bad, field, value)
-    with pytest.raises(MessageError, match=f"poke 1 of 2 .*{field}={value:g}"):
+    with pytest.raises(RequestError, match=f"poke 1 of 2 .*{field}={value:g}"):
         pokes_from_msg(PokeArray(pokes=[Poke(), bad]))
 
 
 def test_too_many_pokes() -> None:
-    with pytest.raises(MessageError, match="received 3 pokes, expected at most 2"):
+    with pytest.raises(RequestError, match="received 3 pokes, expected at most 2"):
         pokes_from_msg(PokeArray(pokes=[Poke()] * 3), max_pokes=2)
 
 
@@ -67,13 +65,13 @@ def test_queries_round_trip() -> None:
 def test_bad_queries(values: list[float], words: str) -> None:
     msg = queries_to_msg(np.zeros((0, 2)), Header())
     msg.xy = flat_array("f", np.array(values, np.float32))
-    with pytest.raises(MessageError, match=words):
+    with pytest.raises(RequestError, match=words):
         queries_from_msg(msg)
 
 
 def test_the_border_is_inside_and_beyond_is_named() -> None:
     check_inside("poke", np.array([[-0.5, -0.5], [63.5, 47.5]]), (48, 64))
-    with pytest.raises(MessageError, match=r"poke 1 of 2 at x=64, y=0 px .* 64 x 48 px image"):
+    with pytest.raises(RequestError, match=r"poke 1 of 2 at x=64, y=0 px .* 64 x 48 px image"):
         check_inside("poke", np.array([[0.0, 0.0], [64.0, 0.0]]), (48, 64))
 
 
@@ -102,7 +100,7 @@ def test_distribution_round_trip() -> None:
 def test_distribution_lengths_are_checked() -> None:
     msg = distribution_to_msg(mixture(2), np.zeros((2, 2)), (4, 4), Header())
     msg.count = 3
-    with pytest.raises(MessageError, match=r"queries has 4 values, expected 3\*2 = 6"):
+    with pytest.raises(RequestError, match=r"queries has 4 values, expected 3\*2 = 6"):
         distribution_from_msg(msg)
     with pytest.raises(ValueError, match="one for each query"):
         distribution_to_msg(mixture(2), np.zeros((3, 2)), (4, 4), Header())
