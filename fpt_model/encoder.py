@@ -78,6 +78,9 @@ class ImageEncoder(nn.Module):
     brought to the size of the finest and concatenated.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, config: FPTConfig) -> None:
         super().__init__()
         kwargs = dict(config.encoder_kwargs)

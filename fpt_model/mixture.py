@@ -166,9 +166,11 @@ class FlowMixture:
     ) -> Array:
         """``[...]``: Kullback-Leibler divergence ``D(self || other)`` in nats.
 
-        ``matched`` is the upper bound of Goldberger, Gordon & Greenspan, "An efficient image
+        ``matched`` is the approximation of Goldberger, Gordon & Greenspan, "An efficient image
         similarity measure based on approximations of KL-divergence between two Gaussian mixtures"
-        (ICCV 2003), which the FPT paper uses; ``monte_carlo`` estimates the true value.
+        (ICCV 2003), which the FPT paper uses. It is an upper bound where no two components match
+        the same one of ``other``, and can even be negative where some do. ``monte_carlo``
+        estimates the true value.
         """
         if method == "monte_carlo":
             draws = self.sample(samples, np.random.default_rng(seed))

@@ -53,8 +53,17 @@ class AdaRMSNorm(nn.Module):
         return F.rms_norm(x, x.shape[-1:], eps=1e-6) * (1 + self.linear(cond))[:, None]
 
 
+class RMSNorm(nn.RMSNorm):
+    """RMS norm with a learned weight, which follows the input's type under autocast."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 class AxialRoPE(nn.Module):
     """2-D axial rotary embedding; frequencies pi..10 pi spread over all heads of a layer."""
+
+    freqs: Tensor
 
     def __init__(self, heads: int, head_dim: int) -> None:
         super().__init__()
@@ -202,7 +211,7 @@ class ResidualMLP(nn.Sequential):
 
     def __init__(self, width: int) -> None:
         super().__init__(
-            nn.RMSNorm(width, eps=torch.finfo(torch.float32).eps),
+            RMSNorm(width, eps=torch.finfo(torch.float32).eps),
             nn.Linear(width, width, bias=False),
             nn.SiLU(),
             nn.Linear(width, width, bias=False),
@@ -211,6 +220,8 @@ class ResidualMLP(nn.Sequential):
 
 class TokenEmbedding(nn.Module):
     """Poke flow (Fourier) or the learned query token, with the image feature at the position."""
+
+    coeffs: Tensor
 
     def __init__(self, config: FPTConfig, image_dim: int) -> None:
         super().__init__()
@@ -263,9 +274,10 @@ class FlowPokeTransformer(nn.Module):
         self.cond_emb = nn.Embedding(2, w)  # 0: camera moves or unknown, 1: static
         self.embed = TokenEmbedding(config, self.encoder.dim)
         self.rope = AxialRoPE(config.heads, config.head_dim)
-        self.layers = nn.ModuleList([Layer(config, self.encoder.dim) for _ in range(config.depth)])
+        layers = [Layer(config, self.encoder.dim) for _ in range(config.depth)]
+        self.layers: list[Layer] = nn.ModuleList(layers)  # type: ignore[assignment]
         self.head = nn.Sequential(
-            nn.RMSNorm(w, eps=1e-6),
+            RMSNorm(w, eps=1e-6),
             nn.Linear(w, w),
             nn.SiLU(),
             nn.Linear(w, w),

@@ -15,6 +15,7 @@ import math
 import os
 import random
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,7 @@ class Trainer:
         if optim.pretrained_encoder:
             load_pretrained_encoder(self.model)
         freeze_stages(self.model, optim.frozen_encoder_stages)
+        self.forward = torch.compile(self.model) if optim.compile else self.model
         self.average = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.optimiser = torch.optim.AdamW(parameter_groups(self.model, optim), betas=(0.9, 0.99))
         self.step = 0
@@ -177,7 +179,7 @@ class Trainer:
         factor = learning_rate_factor(self.step, optim)
         for group in self.optimiser.param_groups:
             group["lr"] = group["peak"] * factor
-        loss = self._loss(self.model, batch).mean()
+        loss = self._loss(batch)
         if not torch.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss.item()} at step {self.step}")
         self.optimiser.zero_grad(set_to_none=True)
@@ -192,7 +194,7 @@ class Trainer:
                 mean.lerp_(current, 1 - decay)
         return loss.item()
 
-    def _forward(self, model: FlowPokeTransformer, batch: Example) -> Tensor:
+    def _forward(self, model: Callable[..., Tensor], batch: Example) -> Tensor:
         image = batch.image.float() / 127.5 - 1
         bf16 = self.config.optim.precision == "bf16"
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
@@ -200,11 +202,13 @@ class Trainer:
                 image, batch.poke_pos, batch.poke_flow, batch.query_pos, batch.camera_static
             ).float()
 
-    def _loss(self, model: FlowPokeTransformer, batch: Example) -> Tensor:
-        """NLL in nats of each supervised query."""
-        raw = self._forward(model, batch)
+    def _loss(self, batch: Example) -> Tensor:
+        """Mean NLL in nats of the supervised queries."""
+        raw = self._forward(self.forward, batch)
         known = ~batch.query_flow.isnan().any(-1)
-        return negative_log_likelihood(raw[known], batch.query_flow[known], self.config.model)
+        return negative_log_likelihood(
+            raw[known], batch.query_flow[known], self.config.model
+        ).mean()
 
     @torch.no_grad()
     def _validate(self, writer: SummaryWriter) -> None:

@@ -1,0 +1,494 @@
+# SPDX-License-Identifier: MIT
+"""The model library: coordinates, mixtures, the model's structure, checkpoints, the predictor."""
+
+import dataclasses
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fpt_model import (
+    CheckpointError,
+    FlowMixture,
+    FlowPokeTransformer,
+    FlowPredictor,
+    FPTConfig,
+    geometry,
+    load_model,
+    save_model,
+)
+from fpt_model.checkpoint import from_reference
+from fpt_model.encoder import preprocess
+from fpt_model.model import mixture_parameters, negative_log_likelihood
+
+SMALL = FPTConfig(
+    name="small",
+    encoder="vit_tiny_patch16_224",
+    encoder_kwargs={"patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2},
+    image_size=32,
+    width=48,
+    depth=2,
+    head_dim=16,
+    fit="stretch",
+)
+
+
+def randomised(model: FlowPokeTransformer, seed: int = 0) -> FlowPokeTransformer:
+    """Every weight random: at initialisation the residual branches are zero and hide mistakes."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            noise = torch.randn(p.shape, generator=generator)
+            p.copy_(1 + 0.1 * noise if p.ndim == 1 else noise / p.shape[-1] ** 0.5)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def model() -> FlowPokeTransformer:
+    return randomised(FlowPokeTransformer(SMALL))
+
+
+@pytest.fixture(scope="module")
+def predictor(model: FlowPokeTransformer) -> FlowPredictor:
+    return FlowPredictor(model)
+
+
+@pytest.fixture(scope="module")
+def image() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+
+
+def assert_close(a: np.ndarray, b: np.ndarray, tolerance: float) -> None:
+    difference = np.abs(np.asarray(a) - np.asarray(b))
+    assert difference.max() <= tolerance, (
+        f"max difference {difference.max():.3g}, mean {difference.mean():.3g}"
+    )
+
+
+def assert_mixtures_close(a: FlowMixture, b: FlowMixture, tolerance: float = 1e-5) -> None:
+    for name in ("log_weights", "means", "scale_tril"):
+        assert_close(getattr(a, name), getattr(b, name), tolerance)
+
+
+class TestGeometry:
+    def test_pixel_centres(self) -> None:
+        """A 4 x 2 image: the first pixel's centre is 1/8, 1/4 of the way in."""
+        assert geometry.pixels_to_normalised([0, 0], (2, 4)).tolist() == [0.125, 0.25]
+        assert geometry.pixels_to_normalised([3.5, 1.5], (2, 4)).tolist() == [1.0, 1.0]
+        assert geometry.displacement_pixels_to_normalised([1, 1], (2, 4)).tolist() == [0.25, 0.5]
+
+    @pytest.mark.parametrize("size", [(480, 640), (720, 405), (100, 100), (131, 150)])
+    @pytest.mark.parametrize("fit", ["crop", "stretch"])
+    def test_round_trip(self, size: tuple[int, int], fit: geometry.Fit) -> None:
+        xy = np.random.default_rng(0).uniform(-50, 700, (100, 2))
+        view = geometry.ModelView(*size, fit)
+        model_xy = view.to_model(geometry.pixels_to_normalised(xy, size))
+        back = geometry.normalised_to_pixels(view.to_normalised(model_xy), size)
+        assert_close(back, xy, 1e-6)
+        d = view.displacement_to_normalised(view.displacement_to_model(xy / 100))
+        assert_close(d, xy / 100, 1e-9)
+
+    def test_crop_maps_its_border_to_the_unit_square(self) -> None:
+        view = geometry.ModelView(480, 640, "crop")
+        assert view.box == (80, 0, 480, 480)
+        assert_close(view.to_model([80 / 640, 0]), [0, 0], 1e-12)
+        assert_close(view.to_model([560 / 640, 1]), [1, 1], 1e-12)
+        # 48 px are a tenth of the crop, whichever axis
+        assert_close(view.displacement_to_model([48 / 640, 48 / 480]), [0.1, 0.1], 1e-12)
+
+    def test_crop_offset_rounds_half_to_even(self) -> None:
+        assert geometry.ModelView(150, 131, "crop").box[1] == 10  # 9.5
+        assert geometry.ModelView(145, 132, "crop").box[1] == 6  # 6.5
+
+    def test_grid_is_pixel_centres(self) -> None:
+        h, w = 3, 5
+        expected = geometry.pixels_to_normalised(
+            np.stack(np.meshgrid(np.arange(w), np.arange(h)), -1).reshape(-1, 2), (h, w)
+        )
+        assert_close(geometry.grid((h, w)), expected, 1e-12)
+
+    @pytest.mark.parametrize("size", [(0, 5), (5, -1)])
+    def test_rejects_empty_images(self, size: tuple[int, int]) -> None:
+        with pytest.raises(ValueError, match=str(size[0])):
+            geometry.pixels_to_normalised([0, 0], size)
+
+
+def random_mixture(seed: int = 0, shape: tuple[int, ...] = (6,), d: int = 2) -> FlowMixture:
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(size=(*shape, 4))
+    tril = np.tril(rng.normal(0, 0.3, (*shape, 4, d, d)), -1)
+    tril += np.exp(rng.normal(-1, 0.3, (*shape, 4, d)))[..., None] * np.eye(d)
+    log_weights = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    return FlowMixture(log_weights, rng.normal(size=(*shape, 4, d)), tril)
+
+
+class TestMixture:
+    @pytest.mark.parametrize("d", [2, 3])
+    def test_log_prob_equals_torch(self, d: int) -> None:
+        mix = random_mixture(d=d)
+        x = np.random.default_rng(1).normal(size=(6, d))
+        reference = torch.distributions.MixtureSameFamily(
+            torch.distributions.Categorical(logits=torch.from_numpy(mix.log_weights)),
+            torch.distributions.MultivariateNormal(
+                torch.from_numpy(mix.means), scale_tril=torch.from_numpy(mix.scale_tril)
+            ),
+        )
+        assert_close(mix.log_prob(x), reference.log_prob(torch.from_numpy(x)).numpy(), 1e-10)
+        assert_close(mix.mean(), reference.mean.numpy(), 1e-12)
+        assert_close(mix.std() ** 2, reference.variance.numpy(), 1e-12)
+
+    def test_samples_have_the_moments(self) -> None:
+        mix = random_mixture()
+        draws = mix.sample(200_000, np.random.default_rng(0))
+        assert_close(draws.mean(0), mix.mean(), 0.02)
+        centred = draws - draws.mean(0)
+        assert_close(
+            np.einsum("nqi,nqj->qij", centred, centred) / len(draws), mix.covariance(), 0.04
+        )
+
+    def test_kl_against_quadrature(self) -> None:
+        p, q = random_mixture(0), random_mixture(1)
+        axis = np.linspace(-8, 8, 321)
+        points = np.stack(np.meshgrid(axis, axis), -1).reshape(-1, 1, 2)
+        wide_p = FlowMixture(*(x[None] for x in (p.log_weights, p.means, p.scale_tril)))
+        wide_q = FlowMixture(*(x[None] for x in (q.log_weights, q.means, q.scale_tril)))
+        log_p = wide_p.log_prob(points)
+        cell = (axis[1] - axis[0]) ** 2
+        true = (np.exp(log_p) * (log_p - wide_q.log_prob(points))).sum(0) * cell
+        estimate = p.kl(q, method="monte_carlo", samples=100_000)
+        assert_close(estimate, true, 0.05 * true.max())
+
+    def test_matched_kl(self) -> None:
+        """Exact for one component; sums over matched pairs of well separated ones."""
+        p, q = random_mixture(0), random_mixture(1)
+        assert_close(p.kl(p), np.zeros(6), 1e-12)
+        single_p, single_q = (
+            FlowMixture(np.zeros((6, 1)), x.means[:, :1], x.scale_tril[:, :1]) for x in (p, q)
+        )
+        estimate = single_p.kl(single_q, method="monte_carlo", samples=100_000)
+        matched = single_p.kl(single_q)
+        assert_close(matched, estimate, 0.02 * matched.max())
+        far = np.arange(4)[:, None] * [100.0, 0.0]
+        apart_p, apart_q = (FlowMixture(x.log_weights, x.means + far, x.scale_tril) for x in (p, q))
+        pairs = apart_p.component_kl(apart_q)[:, range(4), range(4)]
+        expected = (p.weights * (pairs + p.log_weights - q.log_weights)).sum(-1)
+        assert_close(apart_p.kl(apart_q), expected, 1e-9)
+
+    def test_modes_are_sorted_and_scaling_is_linear(self) -> None:
+        mix = random_mixture()
+        modes = mix.modes()
+        assert np.all(np.diff(modes.log_weights, axis=-1) <= 0)
+        assert_close(modes.mean(), mix.mean(), 1e-12)
+        assert_close(mix.mode(), modes.means[:, 0], 0)
+        scaled = mix.scaled(640, 480)
+        assert_close(scaled.mean(), mix.mean() * [640, 480], 1e-9)
+        assert_close(scaled.std(), mix.std() * [640, 480], 1e-9)
+
+    def test_entropy_of_a_gaussian(self) -> None:
+        mix = FlowMixture(np.zeros(1), np.zeros((1, 2)), 0.1 * np.eye(2)[None])
+        expected = np.log(2 * np.pi * np.e * 0.01)
+        assert abs(mix.entropy(samples=20_000) - expected) < 0.03
+
+    def test_rejects_inconsistent_shapes(self) -> None:
+        with pytest.raises(ValueError, match="received shapes"):
+            FlowMixture(np.zeros((5, 3)), np.zeros((5, 4, 2)), np.zeros((5, 4, 2, 2)))
+        with pytest.raises(ValueError, match="2 positive factors"):
+            random_mixture().scaled(1.0)
+
+
+class TestModel:
+    def test_groups_see_exactly_their_pokes(self, model: FlowPokeTransformer) -> None:
+        """Training's group g equals a prediction with the first g pokes."""
+        g = torch.Generator().manual_seed(0)
+        image = torch.rand(2, 3, 32, 32, generator=g) * 2 - 1
+        pos, flow = torch.rand(2, 5, 2, generator=g), torch.randn(2, 5, 2, generator=g) * 0.2
+        queries = torch.rand(2, 5, 3, 2, generator=g)
+        static = torch.tensor([True, False])
+        with torch.no_grad():
+            together = model(image, pos, flow, queries, static)
+            features = model.encode(image)
+            for k in range(5):
+                alone = model.forward_raw(features, pos[:, :k], flow[:, :k], queries[:, k], static)
+                assert_close(together[:, k].numpy(), alone.numpy(), 1e-5)
+
+    def test_the_flag_matters(self, model: FlowPokeTransformer) -> None:
+        features = model.encode(torch.zeros(1, 3, 32, 32))
+        none, query = torch.empty(1, 0, 2), torch.rand(1, 4, 2)
+        moving, static = (
+            model.forward_raw(features, none, none, query, torch.tensor([flag]))
+            for flag in (False, True)
+        )
+        assert (moving - static).abs().max() > 1e-3
+
+    def test_likelihood_equals_the_mixture(self) -> None:
+        raw = torch.randn(7, SMALL.raw_dim, generator=torch.Generator().manual_seed(0))
+        target = torch.randn(7, 2, generator=torch.Generator().manual_seed(1))
+        mix = FlowMixture(*(t.numpy() for t in mixture_parameters(raw, SMALL)))
+        nll = negative_log_likelihood(raw, target, SMALL)
+        assert_close(nll.numpy(), -mix.log_prob(target.numpy()), 1e-10)
+
+    @pytest.mark.parametrize(
+        ("field", "value"),
+        [("width", 50), ("flow_dim", 4), ("depth", 0), ("min_std", 0.0), ("fit", "pad")],
+    )
+    def test_configuration_names_the_bad_value(self, field: str, value: object) -> None:
+        with pytest.raises(ValueError, match=f"{field}.*{value}"):
+            FPTConfig.from_dict({**SMALL.to_dict(), field: value})
+
+    def test_configuration_rejects_unknown_keys(self) -> None:
+        with pytest.raises(ValueError, match="widht"):
+            FPTConfig.from_dict({"widht": 3})
+
+
+class TestPredictor:
+    POS, FLOW = [[0.3, 0.6], [0.7, 0.2]], [[0.1, 0.0], [0.0, -0.1]]
+
+    def test_order_chunks_and_batches_do_not_matter(
+        self, predictor: FlowPredictor, image: np.ndarray, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        scene = predictor.encode(image)
+        queries = np.random.default_rng(0).random((50, 2))
+        whole = predictor.predict(scene, self.POS, self.FLOW, queries)
+        order = np.random.default_rng(1).permutation(50)
+        permuted = predictor.predict(scene, self.POS, self.FLOW, queries[order])
+        assert_mixtures_close(permuted, whole[order])
+        batch = predictor.predict_batch(
+            scene, [self.POS, self.POS[::-1]], [self.FLOW, self.FLOW[::-1]], queries
+        )
+        assert_mixtures_close(batch[0], whole)
+        assert np.abs(batch[1].means - whole.means).max() > 1e-4, "hypotheses are different"
+        monkeypatch.setattr("fpt_model.predictor._QUERY_CHUNK", 7)
+        assert_mixtures_close(predictor.predict(scene, self.POS, self.FLOW, queries), whole)
+
+    def test_dense_products_agree(self, predictor: FlowPredictor, image: np.ndarray) -> None:
+        scene = predictor.encode(image)
+        mix = predictor.predict(scene, self.POS, self.FLOW, geometry.grid((6, 8)))
+        flow = predictor.dense(scene, self.POS, self.FLOW, size=(6, 8))
+        assert flow.shape == (6, 8, 2)
+        assert flow.dtype == np.float32
+        assert_close(flow.reshape(-1, 2), mix.mean(), 1e-6)
+        mode = predictor.dense(scene, self.POS, self.FLOW, size=(6, 8), reduce="mode")
+        assert_close(mode.reshape(-1, 2), mix.mode(), 1e-6)
+        draws = [
+            predictor.dense(scene, self.POS, self.FLOW, (6, 8), reduce="sample", seed=s)
+            for s in (1, 1, 2)
+        ]
+        assert np.array_equal(draws[0], draws[1])
+        assert not np.array_equal(draws[0], draws[2])
+        kl = predictor.influence(scene, self.POS, self.FLOW, size=(6, 8))
+        free = predictor.predict(scene, np.empty((0, 2)), np.empty((0, 2)), geometry.grid((6, 8)))
+        assert_close(kl.ravel(), mix.kl(free), 1e-4)
+        threshold = float(np.median(kl))
+        mask = predictor.moving_part(scene, self.POS, self.FLOW, (6, 8), threshold)
+        assert np.array_equal(mask, kl > threshold)
+
+    def test_units_follow_the_image(self, model: FlowPokeTransformer) -> None:
+        """In normalised units stretching is invisible and a crop's x is half of the image's."""
+        square, wide = (np.full((32, w, 3), 90, np.uint8) for w in (32, 64))
+        stretching = FlowPredictor(model)
+        queries = geometry.grid((3, 3))
+        expected = stretching.predict(stretching.encode(square), self.POS, self.FLOW, queries)
+        stretched = stretching.predict(stretching.encode(wide), self.POS, self.FLOW, queries)
+        assert_mixtures_close(stretched, expected)
+
+        cropping_model = FlowPokeTransformer(dataclasses.replace(SMALL, fit="crop")).eval()
+        cropping_model.load_state_dict(model.state_dict())
+        cropping = FlowPredictor(cropping_model)
+        half, left = np.array([0.5, 1.0]), np.array([0.25, 0.0])
+        cropped = cropping.predict(
+            cropping.encode(wide), left + half * self.POS, half * self.FLOW, left + half * queries
+        )
+        assert_mixtures_close(cropped, expected.scaled(*half))
+
+    def test_bf16_is_close(self, model: FlowPokeTransformer, image: np.ndarray) -> None:
+        queries = geometry.grid((4, 4))
+        exact, rough = (
+            p.predict(p.encode(image), self.POS, self.FLOW, queries)
+            for p in (FlowPredictor(model), FlowPredictor(model, precision="bf16"))
+        )
+        assert_close(rough.means, exact.means, 0.05 * np.abs(exact.means).max())
+
+    @pytest.mark.parametrize(
+        ("pos", "flow", "message"),
+        [
+            ([0.5, 0.5], [0.1, 0.1], r"poke_pos must have shape \[N, 2\], received \[2\]"),
+            ([[0.5, np.nan]], [[0.1, 0.1]], r"poke_pos must be finite, received \[0.5, nan\]"),
+            ([[0.5, 0.5]], [[0.1, np.inf]], r"poke_flow must be finite.*at \[0\]"),
+            ([[0.5, 0.5]], [[0.1, 0.1, 0.0]], r"poke_flow must have shape \[N, 2\]"),
+            ([[0.5, 0.5]], np.zeros((2, 2)), "the same pokes"),
+        ],
+    )
+    def test_bad_pokes(
+        self, predictor: FlowPredictor, image: np.ndarray, pos: object, flow: object, message: str
+    ) -> None:
+        with pytest.raises(ValueError, match=message):
+            predictor.predict(predictor.encode(image), pos, flow, [[0.5, 0.5]])
+
+    @pytest.mark.parametrize(
+        ("bad", "message"),
+        [
+            (np.zeros((4, 4, 3), np.float32), "received float32"),
+            (np.zeros((4, 4), np.uint8), r"received \[4, 4\]"),
+            (np.zeros((0, 4, 3), np.uint8), r"received \[0, 4, 3\]"),
+            ("cup.png", "received str"),
+        ],
+    )
+    def test_bad_images(self, predictor: FlowPredictor, bad: object, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            predictor.encode(bad)  # type: ignore[arg-type]
+
+
+class Hostile:
+    """Pickles to a call that leaves a file behind."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.trace,)
+
+
+class TestCheckpoint:
+    def test_round_trip(self, model: FlowPokeTransformer, tmp_path: Path) -> None:
+        save_model(model, tmp_path / "m.safetensors")
+        loaded = load_model(tmp_path / "m.safetensors")
+        assert loaded.config == model.config
+        for key, value in model.state_dict().items():
+            assert torch.equal(value, loaded.state_dict()[key]), key
+
+    def test_half_precision_storage_loads_as_float32(
+        self, model: FlowPokeTransformer, tmp_path: Path
+    ) -> None:
+        save_model(model, tmp_path / "m.safetensors", dtype=torch.float16)
+        loaded = load_model(tmp_path / "m.safetensors")
+        assert {p.dtype for p in loaded.parameters()} == {torch.float32}
+
+    def test_unknown_name_lists_the_shipped(self) -> None:
+        with pytest.raises(FileNotFoundError, match=r"'fpt-huge'.*shipped models"):
+            load_model("fpt-huge")
+
+    def test_damaged_files(self, model: FlowPokeTransformer, tmp_path: Path) -> None:
+        path = tmp_path / "m.safetensors"
+        save_model(model, path)
+        path.write_bytes(path.read_bytes()[:-100])
+        with pytest.raises(CheckpointError, match=r"m\.safetensors"):
+            load_model(path)
+        (tmp_path / "m.pt").write_bytes(b"not a checkpoint")
+        with pytest.raises(CheckpointError, match=r"m\.pt"):
+            load_model(tmp_path / "m.pt")
+        torch.save({"weights": {}}, tmp_path / "n.pt")
+        with pytest.raises(CheckpointError, match='"model"'):
+            load_model(tmp_path / "n.pt")
+
+    def test_wrong_tensor_is_named(self, model: FlowPokeTransformer, tmp_path: Path) -> None:
+        import json
+
+        from safetensors.torch import save_file
+
+        metadata = {"fpt_config": json.dumps(model.config.to_dict())}
+        state = dict(model.state_dict())
+        path = tmp_path / "m.safetensors"
+        for change, message in (
+            ({"head.1.bias": torch.zeros(3)}, r"'head.1.bias' has shape \[3\], expected \[48\]"),
+            ({"head.1.bias": torch.full((48,), torch.nan)}, "'head.1.bias' has values"),
+            ({"surprise": torch.zeros(1)}, "unexpected tensor 'surprise'"),
+        ):
+            save_file({**state, **change}, path, metadata)
+            with pytest.raises(CheckpointError, match=message):
+                load_model(path)
+        del state["layers.1.self_scale"]
+        save_file(state, path, metadata)
+        with pytest.raises(CheckpointError, match=r"'layers.1.self_scale' \[3\] is missing"):
+            load_model(path)
+
+    def test_pickled_code_does_not_run(self, tmp_path: Path) -> None:
+        trace = tmp_path / "ran"
+        torch.save({"model": Hostile(trace)}, tmp_path / "evil.pt")
+        (tmp_path / "raw.pt").write_bytes(pickle.dumps(Hostile(trace)))
+        for name in ("evil.pt", "raw.pt"):
+            with pytest.raises(CheckpointError):
+                load_model(tmp_path / name)
+        assert not trace.exists()
+
+
+REFERENCE = Path(__file__).resolve().parents[2] / "shared" / "reference"
+
+
+@pytest.mark.skipif(
+    not REFERENCE.is_dir(), reason=f"the reference tensors are not at {REFERENCE.parent.name}/"
+)
+class TestReferenceParity:
+    """Agreement with tensors computed by the public implementation (CompVis, commit 104f9c3)."""
+
+    @pytest.fixture(scope="class")
+    def z(self) -> dict[str, np.ndarray]:
+        return dict(np.load(REFERENCE / "small_io.npz"))
+
+    @pytest.fixture(scope="class")
+    def reference_model(self) -> FlowPokeTransformer:
+        from safetensors.torch import load_file
+
+        config = FPTConfig(
+            encoder="vit_base_patch14_reg4_dinov2",
+            encoder_kwargs={"embed_dim": 64, "depth": 2, "num_heads": 2},
+            image_size=112,
+            width=96,
+            depth=2,
+            head_dim=32,
+            sample_align_corners=True,
+        )
+        return from_reference(load_file(REFERENCE / "small_state_dict.safetensors"), config)
+
+    def test_everything_from_image_to_mixture(
+        self, reference_model: FlowPokeTransformer, z: dict[str, np.ndarray]
+    ) -> None:
+        t = {k: torch.from_numpy(z[k]) for k in ("image", "poke_pos", "poke_flow", "query_pos")}
+        static = torch.from_numpy(z["camera_static"])
+        m = reference_model
+        with torch.no_grad():
+            features = m.encode(t["image"])
+            assert_close(features.feat, z["feat"], 1e-5)
+            context = m.encode_pokes(features, t["poke_pos"], t["poke_flow"], static)
+            queries = m.decode_queries(features, context, t["query_pos"], static)
+            raw = torch.cat([m.head(context.hidden), queries], 1)
+            assert_close(raw, z["out_raw24"], 1e-5)
+            none = t["poke_pos"][:, :0]
+            free = m.forward_raw(features, none, none, t["query_pos"], static)
+        mix = FlowMixture(*(x.numpy() for x in mixture_parameters(raw, m.config)))
+        assert_close(mix.log_weights, z["parallel.log_weights"], 1e-5)
+        assert_close(mix.means, z["parallel.loc"], 1e-5)
+        assert_close(mix.scale_tril, z["parallel.scale_tril"], 1e-5)
+        assert_close(mix.log_prob(z["eval_points"]), z["parallel.log_prob"], 1e-5)
+        assert_close(mixture_parameters(free, m.config)[1], z["nopoke.loc"], 1e-5)
+
+    def test_training_loss(
+        self, reference_model: FlowPokeTransformer, z: dict[str, np.ndarray]
+    ) -> None:
+        inputs = (z["image"], z["poke_pos"], z["poke_flow"], z["train.query_pos"])
+        with torch.no_grad():
+            raw = reference_model(
+                *(torch.from_numpy(x) for x in inputs), torch.from_numpy(z["camera_static"])
+            )
+        nll = negative_log_likelihood(
+            raw, torch.from_numpy(z["train.target"]), reference_model.config
+        )
+        assert abs(nll.mean().item() - z["train.nll_mean"]) <= 1e-5
+
+    def test_preprocessing(
+        self, reference_model: FlowPokeTransformer, z: dict[str, np.ndarray]
+    ) -> None:
+        x = preprocess(z["nonsquare_u8_hwc"], reference_model.config)
+        assert_close(x, z["nonsquare_resized_m1p1"], 1e-5)
+
+    def test_kl(self, z: dict[str, np.ndarray]) -> None:
+        kl = np.load(REFERENCE / "small_kl.npz")
+        poked, free = (
+            FlowMixture(z[f"{name}.log_weights"], z[f"{name}.loc"], z[f"{name}.scale_tril"])
+            for name in ("parallel", "nopoke")
+        )
+        poked = poked[:, 5:]  # the queries
+        assert_close(poked.kl(free), kl["matched_bound"], 1e-9)
+        assert_close(poked.component_kl(free), kl["kl_pairs"], 1e-9)
+        assert_close(poked.kl(free, "monte_carlo", samples=20_000), kl["numeric"], 0.02)
