@@ -163,7 +163,7 @@ def test_video_gives_one_overlay_video(folder, suffix):
     arguments = ("--poke", "60,50,20,-5", "--query", "80,60", "--out", out)
     result = run("predict", folder / "box.mp4", *arguments, "--model", folder / "small.safetensors")
     assert result.returncode == 0, result.stderr
-    assert "frame 0" in result.stdout
+    assert result.stdout.startswith("first frame:\n160 x 120 px")
     assert f"{FRAMES}/{FRAMES} frames" in result.stderr
     video = cv2.VideoCapture(str(out))
     assert video.get(cv2.CAP_PROP_FRAME_COUNT) == FRAMES
@@ -193,9 +193,9 @@ def test_video_as_json_is_one_line_a_frame(folder):
         (["box.png", "--poke", "1,2,3,4", "--query", "5"], ["'5'", "x,y"]),
         (["box.png", "--poke", "1,2,3,4", "--grid", "8"], ["'8'", "COLUMNSxROWS"]),
         (["box.png", "--poke", "1,2,3,4", "--grid", "0x8"], ["'0x8'"]),
-        (["box.png", "--poke", "160,50,3,4"], ["poke", "160,50", "159.5", "119.5"]),
-        (["box.png", "--poke", "-1,50,3,4"], ["poke", "-1,50", "-0.5"]),
-        (["box.png", "--poke", "1,2,3,4", "--query", "5,400"], ["query", "5,400"]),
+        (["box.png", "--poke", "160,50,3,4"], ["poke", "x=160, y=50", "159.5", "119.5"]),
+        (["box.png", "--poke", "-1,50,3,4"], ["poke", "x=-1, y=50", "-0.5"]),
+        (["box.png", "--poke", "1,2,3,4", "--query", "5,400"], ["query", "x=5, y=400"]),
         (["missing.png", "--poke", "1,2,3,4"], ["missing.png", "no such file"]),
         (["text.png", "--poke", "1,2,3,4"], ["text.png", "picture or video"]),
         (["box.png", "--poke", "1,2,3,4", "--model", "no-model"], ["no-model", "neither a file"]),

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,32 +20,11 @@ from fpt_ros.commands.arguments import UserError, parse_grid, parse_poke, parse_
 from fpt_ros.commands.media import Frames, FramesWriter, RGBImage
 
 if TYPE_CHECKING:  # importing torch takes seconds, which help and error messages must not cost
-    from fpt_model import FlowMixture, FlowPredictor
-
-Size = tuple[int, int]  # (height, width) in px
+    from fpt_model import FlowMixture, FlowPredictor, FPTConfig
+    from fpt_ros.pipeline import Answer, Settings
 
 DEFAULT_GRID = "4x4"
-DENSE_SIZE = (64, 64)  # cells of the flow and moving part over the whole image
 LEAST_LISTED_PROBABILITY = 0.01
-
-
-@dataclass(frozen=True)
-class Question:
-    """What is asked of every image: pokes and queries in px."""
-
-    poke_xy: NDArray[np.float64]  # [P, 2]
-    poke_flow: NDArray[np.float64]  # [P, 2]
-    query_xy: NDArray[np.float64]  # [Q, 2]
-    camera_static: bool
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What the model says, in px: the motion of each query, the flow and the moving part."""
-
-    modes: FlowMixture  # [Q], most probable first
-    flow: NDArray[np.float64]  # [h, w, 2]
-    moving: NDArray[np.bool_]  # [h, w]
 
 
 def predict(
@@ -93,27 +71,44 @@ def predict(
     For each query the possible motions (modes) are listed with their probability, mean and
     standard deviation in px of the picture. In a video the same pokes are put to every frame.
     """
-    pokes = np.array([parse_poke(text) for text in poke])
+    given_pokes = np.array([parse_poke(text) for text in poke])
     queries = np.array([parse_query(text) for text in query or []]).reshape(-1, 2)
     cells = parse_grid(grid or DEFAULT_GRID) if grid or not query else None
     frames = Frames(image)
     if frames.is_video and not (out or as_json):
         raise UserError(f"{str(image)!r} is a video: expected --out overlay.mp4, or --json")
     writer = FramesWriter(out, frames.is_video, frames.fps) if out else None
-    question = _question(pokes, queries, cells, frames.size, not moving_camera)
+
+    from fpt_model.geometry import grid as grid_points
+    from fpt_model.geometry import normalised_to_pixels
+    from fpt_ros.pipeline import Answer, Settings, View
+    from fpt_ros.pokes import Pokes, RequestError, check_inside
+
+    pokes = Pokes(given_pokes[:, :2], given_pokes[:, 2:])
+    try:
+        check_inside("poke", pokes.xy, frames.size)
+        check_inside("query", queries, frames.size)
+    except RequestError as error:
+        raise UserError(str(error)) from error
+    if cells is not None:
+        on_grid = normalised_to_pixels(grid_points(cells), frames.size)
+        queries = np.concatenate([queries, on_grid])
     predictor = _load(model)
+    settings = Settings(camera_static=not moving_camera, full_resolution=False)
 
     with writer or nullcontext(), _progress_bar(frames) as progress:
         for index, frame in enumerate(progress):
-            answer = _answer(predictor, frame, question)
-            label = f", frame {index}" if frames.is_video else ""
+            view = View(frame, predictor.encode(frame))
+            answer = Answer(predictor, view, pokes, queries, settings)
             if as_json:
-                record = {"frame": index} if frames.is_video else {}
-                print(json.dumps(record | _as_dict(predictor, frames.size, question, answer)))
+                number = {"frame": index} if frames.is_video else {}
+                print(json.dumps(number | _as_dict(answer, predictor.config, settings)))
             elif index == 0:
-                _print_table(predictor, frames.size, question, answer, label)
+                if frames.is_video:
+                    print("first frame:")
+                _print_table(answer, predictor.config, settings)
             if writer:
-                writer.write(_overlay(frame, question, answer))
+                writer.write(_overlay(answer))
     if out and not as_json:
         print(f"wrote {out}")
 
@@ -132,27 +127,6 @@ def _progress_bar(frames: Frames) -> Iterator[Iterable[RGBImage]]:
         yield progress.track(frames, total=frames.count)
 
 
-def _question(
-    pokes: NDArray[np.float64],
-    queries: NDArray[np.float64],
-    cells: Size | None,
-    size: Size,
-    camera_static: bool,
-) -> Question:
-    from fpt_model.geometry import grid, inside_image, normalised_to_pixels
-
-    height, width = size
-    for name, points in (("poke", pokes[:, :2]), ("query", queries)):
-        for x, y in points[~inside_image(points, size)]:
-            raise UserError(
-                f"{name} at {x:g},{y:g} px is outside of the image, expected "
-                f"-0.5 <= x <= {width - 0.5:g} and -0.5 <= y <= {height - 0.5:g}"
-            )
-    if cells is not None:
-        queries = np.concatenate([queries, normalised_to_pixels(grid(cells), size)])
-    return Question(pokes[:, :2], pokes[:, 2:], queries, camera_static)
-
-
 def _load(model: str) -> FlowPredictor:
     from fpt_model import CheckpointError, FlowPredictor, load_model
 
@@ -162,43 +136,17 @@ def _load(model: str) -> FlowPredictor:
         raise UserError(f"--model: {error}") from error
 
 
-def _answer(predictor: FlowPredictor, picture: RGBImage, question: Question) -> Answer:
-    from fpt_model.geometry import (
-        displacement_normalised_to_pixels,
-        displacement_pixels_to_normalised,
-        grid,
-        pixels_to_normalised,
-    )
-
-    size = picture.shape[:2]
-    scene = predictor.encode(picture)
-    pokes = (
-        pixels_to_normalised(question.poke_xy, size),
-        displacement_pixels_to_normalised(question.poke_flow, size),
-    )
-    static = question.camera_static
-    queries = pixels_to_normalised(question.query_xy, size)
-    modes = predictor.predict(scene, *pokes, queries, static).modes()
-    dense = predictor.predict(scene, *pokes, grid(DENSE_SIZE), static)
-    influence = predictor.influence_of(scene, dense, DENSE_SIZE, static)
-    return Answer(
-        modes.scaled(*displacement_normalised_to_pixels(np.ones(2), size)),
-        displacement_normalised_to_pixels(dense.mean().reshape(*DENSE_SIZE, 2), size),
-        influence > predictor.config.kl_threshold,
-    )
-
-
-def _overlay(picture: RGBImage, question: Question, answer: Answer) -> RGBImage:
+def _overlay(answer: Answer) -> RGBImage:
     from fpt_model.visualize import draw_overlay
 
     return draw_overlay(
-        picture,
-        question.poke_xy,
-        question.poke_flow,
-        question.query_xy,
-        answer.modes,
+        answer.view.image,
+        answer.pokes.xy,
+        answer.pokes.flow,
+        answer.queries,
+        answer.distribution,
         answer.flow,
-        answer.moving,
+        answer.mask,
     )
 
 
@@ -207,10 +155,8 @@ def _std(modes: FlowMixture) -> NDArray[np.float64]:
     return np.sqrt(np.diagonal(modes.component_covariances(), axis1=-2, axis2=-1))
 
 
-def _as_dict(
-    predictor: FlowPredictor, size: Size, question: Question, answer: Answer
-) -> dict[str, Any]:
-    modes = answer.modes
+def _as_dict(answer: Answer, config: FPTConfig, settings: Settings) -> dict[str, Any]:
+    modes = answer.distribution.modes()
     fields = zip(
         modes.weights, modes.means, _std(modes), modes.component_covariances(), strict=True
     )
@@ -227,46 +173,40 @@ def _as_dict(
                 for weight, mean, std, covariance in zip(*query_modes, strict=True)
             ],
         }
-        for xy, query_modes in zip(question.query_xy, fields, strict=True)
+        for xy, query_modes in zip(answer.queries, fields, strict=True)
     ]
+    height, width = answer.view.size
     return {
         "unit": "px",
-        "height": size[0],
-        "width": size[1],
-        "model": predictor.config.name,
-        "horizon_s": predictor.config.horizon_s,
-        "camera_static": question.camera_static,
+        "height": height,
+        "width": width,
+        "model": config.name,
+        "horizon_s": config.horizon_s,
+        "camera_static": settings.camera_static,
         "pokes": [
             {"xy": xy.tolist(), "flow": flow.tolist()}
-            for xy, flow in zip(question.poke_xy, question.poke_flow, strict=True)
+            for xy, flow in zip(answer.pokes.xy, answer.pokes.flow, strict=True)
         ],
         "queries": queries,
-        "moving_share": float(answer.moving.mean()),
+        "moving_share": float(answer.mask.mean()),
     }
 
 
-def _print_table(
-    predictor: FlowPredictor,
-    size: Size,
-    question: Question,
-    answer: Answer,
-    label: str,
-) -> None:
-    config = predictor.config
+def _print_table(answer: Answer, config: FPTConfig, settings: Settings) -> None:
+    height, width = answer.view.size
     print(
-        f"{size[1]} x {size[0]} px{label}; "
-        f"{config.name}, {config.horizon_s:g} s ahead, "
-        f"camera {'static' if question.camera_static else 'may move'}"
+        f"{width} x {height} px; {config.name}, {config.horizon_s:g} s ahead, "
+        f"camera {'static' if settings.camera_static else 'may move'}"
     )
-    for (x, y), (dx, dy) in zip(question.poke_xy, question.poke_flow, strict=True):
+    for (x, y), (dx, dy) in zip(answer.pokes.xy, answer.pokes.flow, strict=True):
         print(f"poke ({x:g}, {y:g}) moves by ({dx:g}, {dy:g})")
 
     table = Table("query (px)", box=None, pad_edge=False, header_style="bold")
     for heading in ("mode", "probability", "mean dx, dy (px)", "std dx, dy (px)"):
         table.add_column(heading, justify="right")
-    modes = answer.modes
+    modes = answer.distribution.modes()
     for (x, y), weights, means, stds in zip(
-        question.query_xy, modes.weights, modes.means, _std(modes), strict=True
+        answer.queries, modes.weights, modes.means, _std(modes), strict=True
     ):
         listed = weights >= LEAST_LISTED_PROBABILITY
         rows = zip(weights[listed], means[listed], stds[listed], strict=True)
@@ -279,4 +219,4 @@ def _print_table(
                 f"{std[0]:.1f}, {std[1]:.1f}",
             )
     Console().print(table)
-    print(f"moving part: {answer.moving.mean():.1%} of the image")
+    print(f"moving part: {answer.mask.mean():.1%} of the image")

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: MIT
+"""The demo as a user runs it: all nodes as processes over DDS, with a small random model."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from node_harness import ROOT, save_small_model
+
+from fpt_ros.demo import choose_queries, spread_points
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_small_model(tmp_path_factory.mktemp("demo") / "small.safetensors")
+
+
+def start(*arguments: object) -> subprocess.Popen[str]:
+    environment = {k: v for k, v in os.environ.items() if k != "ROS_DOMAIN_ID"}
+    return subprocess.Popen(
+        [sys.executable, "-u", "-m", "fpt_ros.demo", *map(str, arguments)],
+        cwd=ROOT,
+        env={**environment, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run(*arguments: object) -> tuple[int, str, str]:
+    process = start(*arguments)
+    output, errors = process.communicate(timeout=240)
+    return process.returncode, output, errors
+
+
+def processes_that_mention(text: str) -> list[str]:
+    """Command lines of running processes, by Linux's /proc."""
+    lines = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            lines.append(path.read_bytes().replace(b"\0", b" ").decode(errors="replace"))
+        except OSError:  # ended meanwhile
+            continue
+    return [line for line in lines if text in line]
+
+
+def test_simulated_scene(model, tmp_path):
+    out = tmp_path / "overlay.png"
+    code, output, errors = run("--scene", "drawer:6", "--model", model, "--out", out)
+    assert code == 0, output + errors
+    assert "scene 1 of 1: drawer" in output
+    summary = re.search(
+        r"drawer: flow error ([\d.]+) px, of no motion ([\d.]+) px; "
+        r"IoU of the moving part ([\d.]+); latency (\d+) ms \(median of \d+\)",
+        output,
+    )
+    assert summary, output
+    error, still_error, iou, latency = map(float, summary.groups())
+    assert error > 0
+    assert still_error > 0.5  # the simulation's truth does move
+    assert 0 <= iou <= 1
+    assert 1 < latency < 5000
+    picture = cv2.imread(str(out))
+    assert picture.shape[1] > 3 * 480  # three panels of 480 x 360 px
+    assert picture.std() > 20
+    assert not processes_that_mention(str(model))
+    for name in ("fpt", "sim_camera", "poke_publisher"):
+        log = (tmp_path / "logs" / f"{name}.log").read_text()
+        assert "Traceback" not in log, log
+
+
+def test_own_large_picture(model, tmp_path):
+    picture = np.full((900, 1600, 3), 200, np.uint8)
+    cv2.rectangle(picture, (500, 300), (1100, 700), (60, 90, 180), -1)
+    path = tmp_path / "my picture.png"
+    cv2.imwrite(str(path), picture)
+    out = tmp_path / "overlay.png"
+    code, output, errors = run(
+        *("--image", path, "--poke", "800,450,100,0 600,400,100,0", "--model", model, "--out", out)
+    )
+    assert code == 0, output + errors
+    assert "reduced to 1280 x 720 px" in output
+    assert re.search(r"my picture.png: \d+% of the picture moves with the poke", output), output
+    log = (tmp_path / "logs" / "poke_publisher.log").read_text()
+    assert "(639.9, 359.9) by (80, 0) px, (479.9, 319.9) by (80, 0) px" in log
+    assert cv2.imread(str(out)).shape[1] > 2 * 640
+
+
+def test_interrupted_demo_ends_its_nodes(model, tmp_path):
+    process = start("--scene", "drawer:6", "--model", model, "--out", tmp_path / "overlay.png")
+    try:
+        deadline = time.monotonic() + 60
+        while len(processes_that_mention(str(model))) < 2:  # the demo and its FPT node
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert not processes_that_mention(str(model))
+
+
+def test_node_that_dies_is_named_with_its_log(model, tmp_path):
+    code, _, errors = run("--scene", "teapot:1", "--model", model, "--out", tmp_path / "o.png")
+    assert code == 1
+    assert "sim_camera ended with code" in errors
+    assert "teapot" in errors
+    assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--scene", "drawer"], "'drawer'"),
+        (["--scene", "drawer:-1"], "'drawer:-1'"),
+        (["--poke", "1,2,3,4"], "IMAGE=file"),
+        (["--image", "{}/box.png"], "POKE=x,y,dx,dy"),
+        (["--image", "{}/box.png", "--poke", "1,2,3"], "'1,2,3'"),
+        (["--image", "{}/box.png", "--poke", "40,2,3,4"], "32 x 24 px"),
+        (["--image", "{}/none.png", "--poke", "1,2,3,4"], "none.png"),
+        (["--model", "no-model"], "no-model"),
+    ],
+)
+def test_a_users_mistake_is_one_line_and_exit_2(model, tmp_path, arguments, named):
+    cv2.imwrite(str(tmp_path / "box.png"), np.zeros((24, 32, 3), np.uint8))
+    given = [argument.format(tmp_path) for argument in arguments]
+    with_model = [] if "--model" in given else ["--model", model]
+    code, output, errors = run(*given, *with_model, "--out", tmp_path / "demo" / "o.png")
+    assert code == 2
+    assert output == ""
+    assert errors.count("\n") == 1, errors
+    assert named in errors
+
+
+def test_spread_points_lie_inside_and_apart():
+    mask = np.zeros((60, 80), bool)
+    mask[10:50, 10:70] = True
+    points = spread_points(mask, 5)
+    columns, rows = points.astype(int).T
+    assert mask[rows, columns].all()
+    apart = np.linalg.norm(points[:, None] - points, axis=2)[~np.eye(5, dtype=bool)]
+    assert apart.min() > 10
+
+
+@pytest.mark.parametrize("value", [True, False])
+def test_there_is_always_something_to_ask(value):
+    queries = choose_queries(np.full((48, 64), value))
+    assert 1 <= len(queries) <= 8
+    assert spread_points(np.zeros((48, 64), bool), 5).shape == (0, 2)
