@@ -47,7 +47,9 @@ def run(
         print(f"cannot start: {error}", file=sys.stderr)
         return 1
     finally:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one must not break the clean-up
+        # Impatient further signals must not break the clean-up.
+        for received in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(received, signal.SIG_IGN)
         if node is not None:
             node.destroy_node()
         rclpy.try_shutdown()

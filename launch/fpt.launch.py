@@ -6,13 +6,13 @@ ros2 launch fpt_ros fpt.launch.py image:=/camera/color/image_raw
 
 from pathlib import Path
 
+from launch import LaunchContext, LaunchDescription
 from launch.actions import DeclareLaunchArgument, OpaqueFunction, SetEnvironmentVariable
 from launch.substitutions import LaunchConfiguration
 from launch_ros.actions import Node
 from launch_ros.parameter_descriptions import ParameterValue
 
 from fpt_ros import environment
-from launch import LaunchContext, LaunchDescription
 
 CONFIG = Path(__file__).parents[1] / "config" / "fpt.yaml"
 

@@ -6,6 +6,7 @@ ros2 launch fpt_ros sim.launch.py kind:=drawer seed:=3 rviz:=true
 
 from pathlib import Path
 
+from launch import LaunchDescription
 from launch.actions import (
     DeclareLaunchArgument,
     IncludeLaunchDescription,
@@ -18,7 +19,6 @@ from launch_ros.actions import Node
 from launch_ros.parameter_descriptions import ParameterValue
 
 from fpt_ros import environment
-from launch import LaunchDescription
 
 SHARE = Path(__file__).parents[1]
 

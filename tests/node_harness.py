@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import rclpy
@@ -53,7 +52,10 @@ def save_small_model(path: Path) -> Path:
 
 
 class Process:
-    """A program in a process group of its own, whose output is collected."""
+    """A program in a process group of its own, whose output is collected.
+
+    As a context manager it kills what a failed test left running.
+    """
 
     def __init__(self, command: Sequence[str], domain: int) -> None:
         self.process = subprocess.Popen(
@@ -74,6 +76,14 @@ class Process:
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
+    def __enter__(self) -> Process:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
     def _read(self) -> None:
         assert self.process.stdout is not None
         for line in self.process.stdout:
@@ -92,14 +102,10 @@ class Process:
             lambda: f"{text!r} was not printed; output:\n{self.output}",
         )
 
-    def interrupt(self, timeout_s: float = 20.0) -> int:
+    def interrupt(self, timeout_s: float = 30.0) -> int:
         """SIGINT to the whole group, as Ctrl-C does; returns the exit code."""
         os.killpg(self.process.pid, signal.SIGINT)
-        try:
-            code = self.process.wait(timeout_s)
-        except subprocess.TimeoutExpired:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            raise
+        code = self.process.wait(timeout_s)
         self._reader.join(5.0)
         return code
 
@@ -136,12 +142,7 @@ class Client:
     def __enter__(self) -> Client:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._executor.shutdown()
         self.node.destroy_node()
         rclpy.shutdown(context=self._context)

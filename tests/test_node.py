@@ -174,7 +174,7 @@ def user(model: Path) -> Iterator[User]:
     }
     arguments = [word for k, v in parameters.items() for word in ("-p", f"{k}:={v}")]
     node = Process(python_module("fpt_ros.node", *arguments), domain)
-    with claim, Client(domain) as client:
+    with claim, node, Client(domain) as client:
         client.subscribe(FlowDistribution, "/fpt/distribution")
         for name in OUTPUTS:
             client.subscribe(Image, f"/fpt/{name}")
@@ -438,7 +438,7 @@ def test_lifecycle_and_laziness(model: Path) -> None:
         ),
         domain,
     )  # fmt: skip
-    with claim, Client(domain) as client:
+    with claim, node, Client(domain) as client:
         client.subscribe(DiagnosticArray, "/diagnostics")
         client.subscribe(FlowDistribution, "/left/fpt/distribution")
 
@@ -487,8 +487,8 @@ def test_lifecycle_and_laziness(model: Path) -> None:
 
 def test_wrong_parameters_are_named() -> None:
     domain, claim = claim_domain_id()
-    with claim:
-        node = Process(python_module("fpt_ros.node", "-p", "max_age_ms:=soon"), domain)
+    node = Process(python_module("fpt_ros.node", "-p", "max_age_ms:=soon"), domain)
+    with claim, node:
         node.wait_for("max_age_ms")
         assert node.process.wait(30) == 1
     assert "Traceback" not in node.output

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: MIT
+"""Launch files, parameters and RViz set-up; launched for real where `ros2 launch` is present."""
+
+from __future__ import annotations
+
+import importlib.util
+import runpy
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+pytest.importorskip("fpt_msgs")
+
+from node_harness import ROOT, Client, Process, save_small_model
+from rclpy.qos import DurabilityPolicy, QoSProfile
+from sensor_msgs.msg import CameraInfo, Image
+
+from fpt_msgs.msg import FlowDistribution, PokeArray
+from fpt_ros.environment import claim_domain_id
+from fpt_ros.images import image_to_array
+from fpt_ros.parameters import FPT_PARAMETERS
+
+LAUNCH_FILES = ("fpt.launch.py", "sim.launch.py")
+OUTPUT_TOPICS = {f"fpt/{name}" for name in ("overlay", "mask", "flow_color", "influence")}
+RVIZ_CLASSES = {  # those of plugins_description.xml and the built-in panels that we use
+    "rviz_common/Displays",
+    "rviz_common/Time",
+    "rviz_default_plugins/Image",
+    "rviz_default_plugins/Interact",
+    "rviz_default_plugins/MoveCamera",
+    "rviz_default_plugins/Orbit",
+    "rviz_default_plugins/PublishPoint",
+}
+
+
+def test_the_parameter_file_holds_all_parameters_with_their_defaults() -> None:
+    content = yaml.safe_load((ROOT / "config" / "fpt.yaml").read_text())
+    values = content["/**"]["ros__parameters"]
+    assert values == {spec.name: spec.default for spec in FPT_PARAMETERS}
+    assert {k: type(v) for k, v in values.items()} == {
+        spec.name: type(spec.default) for spec in FPT_PARAMETERS
+    }
+
+
+def test_parameters_are_described_and_bounded() -> None:
+    for spec in FPT_PARAMETERS:
+        assert spec.description.endswith("."), spec.name
+        if type(spec.default) in (int, float):
+            assert spec.minimum is not None, spec.name
+            assert spec.minimum <= spec.default <= spec.maximum, spec.name
+
+
+def test_rviz_set_up_shows_our_topics_with_classes_that_exist() -> None:
+    content = yaml.safe_load((ROOT / "rviz" / "fpt.rviz").read_text())
+
+    def entries(node: Any) -> list[dict]:
+        if isinstance(node, dict):
+            return [node] + [found for value in node.values() for found in entries(value)]
+        return [found for item in node for found in entries(item)] if isinstance(node, list) else []
+
+    classes = {entry["Class"] for entry in entries(content) if entry.get("Class")}
+    assert classes <= RVIZ_CLASSES
+    displays = content["Visualization Manager"]["Displays"]
+    assert {display["Topic"]["Value"] for display in displays} == OUTPUT_TOPICS | {"image"}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("launch_ros") is None, reason="needs launch_ros")
+@pytest.mark.parametrize("name", LAUNCH_FILES)
+def test_launch_arguments_are_described(name: str) -> None:
+    description = runpy.run_path(str(ROOT / "launch" / name))["generate_launch_description"]()
+    arguments = description.get_launch_arguments()
+    assert arguments
+    for argument in arguments:
+        assert argument.description != "no description given", argument.name
+        assert "." in argument.description, argument.name
+
+
+needs_ros2 = pytest.mark.skipif(shutil.which("ros2") is None, reason="needs the ros2 command")
+
+
+def launch(domain: int, file: str, *arguments: str) -> Process:
+    return Process(["ros2", "launch", str(ROOT / "launch" / file), *arguments], domain)
+
+
+def end(process: Process) -> None:
+    assert process.interrupt() == 0, process.output
+    assert "Traceback" not in process.output
+    assert "process has died" not in process.output
+
+
+@needs_ros2
+def test_sim_launch_answers_the_suggested_poke(tmp_path: Path) -> None:
+    model = save_small_model(tmp_path / "fpt-test.safetensors")
+    domain, claim = claim_domain_id()
+    process = launch(
+        domain, "sim.launch.py", f"model:={model}", "threads:=1", "width:=160", "height:=120",
+        "rate_hz:=5.0", "max_age_ms:=30000.0",
+    )  # fmt: skip
+    with claim, process, Client(domain) as client:
+        latched = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
+        client.subscribe(PokeArray, "/sim_camera/suggested_poke", latched)
+        for topic in ("/image", "/depth", "/sim_camera/true_flow", "/sim_camera/true_mask"):
+            client.subscribe(Image, topic)
+        client.subscribe(CameraInfo, "/camera_info")
+        client.subscribe(PokeArray, "/pokes")
+        client.subscribe(FlowDistribution, "/fpt/distribution")
+        answer = client.next("/fpt/distribution", timeout_s=60.0)
+        assert (answer.header.frame_id, answer.model_name) == ("camera_optical_frame", "fpt-test")
+        poke = client.next("/sim_camera/suggested_poke").pokes[0]
+        assert client.next("/pokes").pokes[0].x == poke.x
+        flow = client.next("/sim_camera/true_flow")
+        image = client.next("/image", lambda m: m.header == flow.header)
+        info = client.next("/camera_info", lambda m: m.header == flow.header)
+        assert (image.encoding, image.width, image.height) == ("rgb8", 160, 120)
+        assert (info.k[2], info.k[5]) == ((160 - 1) / 2, (120 - 1) / 2)
+        assert client.next("/depth").encoding == "32FC1"
+        end(process)
+    check_truth(flow, client.received["/sim_camera/true_mask"][0], poke)
+
+
+def check_truth(flow: Image, mask: Image, poke: Any) -> None:
+    motion, moving = image_to_array(flow), image_to_array(mask) == 255
+    x, y = int(poke.x), int(poke.y)
+    np.testing.assert_allclose(motion[y, x], (poke.dx, poke.dy), rtol=1e-5)
+    assert moving[y, x]
+    length = np.hypot(motion[..., 0], motion[..., 1])
+    assert np.nanmax(np.where(moving, length, 0)) == length[y, x]
+    assert np.nanmax(np.where(moving, 0, length)) < 1e-3  # a static camera
+
+
+@needs_ros2
+def test_fpt_launch_takes_namespace_topic_and_parameters(tmp_path: Path) -> None:
+    model = save_small_model(tmp_path / "fpt-test.safetensors")
+    domain, claim = claim_domain_id()
+    process = launch(
+        domain, "fpt.launch.py", f"model:={model}", "namespace:=left", "image:=/cam/image_raw"
+    )
+    with claim, process:
+        process.wait_for("subscribed to /cam/image_raw, /left/pokes, /left/queries", 60.0)
+        assert "model fpt-test (MIT, 0.5 s ahead) on torch, cpu, fp32" in process.output
+        end(process)
