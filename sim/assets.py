@@ -17,7 +17,9 @@ Body = mujoco.MjsBody
 # Shared pieces ------------------------------------------------------------------------------
 
 
-def _handle(b: Builder, body: Body, at: tuple[float, float, float], size: float, index: int) -> None:
+def _handle(
+    b: Builder, body: Body, at: tuple[float, float, float], size: float, index: int
+) -> None:
     """A handle on a front whose outer face is the plane y = at[1]; `size` about its length."""
     x, y, z = at
     thick = size * b.uniform(0.05, 0.12)
@@ -35,7 +37,9 @@ def _handle(b: Builder, body: Body, at: tuple[float, float, float], size: float,
     elif style == 1:  # round knob
         radius = size * b.uniform(0.12, 0.25)
         b.cylinder(body, radius * 0.5, reach / 2, (x, y - reach / 2, z), "y", "handle", index)
-        b.ellipsoid(body, (radius, radius * b.uniform(0.4, 1), radius), (x, y - reach, z), "handle", index)  # fmt: skip
+        b.ellipsoid(
+            body, (radius, radius * b.uniform(0.4, 1), radius), (x, y - reach, z), "handle", index
+        )
     elif style == 2:  # plate
         half = size * b.uniform(0.25, 0.5)
         width = size * b.uniform(0.08, 0.2)
@@ -50,7 +54,12 @@ def _handle(b: Builder, body: Body, at: tuple[float, float, float], size: float,
 
 
 def _shell(
-    b: Builder, body: Body, half: tuple[float, float, float], wall: float, z: float, back: bool = True
+    b: Builder,
+    body: Body,
+    half: tuple[float, float, float],
+    wall: float,
+    z: float,
+    back: bool = True,
 ) -> None:
     """A box open at its front (-y), bottom at `z`; `half` are its outer half extents."""
     x, y, h = half
@@ -82,8 +91,14 @@ def _feet(b: Builder, body: Body, x: float, y: float) -> float:
     return height
 
 
-def _trim(b: Builder, body: Body, half_x: float, half_z: float, centre: tuple[float, float, float],
-          index: int) -> None:  # fmt: skip
+def _trim(
+    b: Builder,
+    body: Body,
+    half_x: float,
+    half_z: float,
+    centre: tuple[float, float, float],
+    index: int,
+) -> None:
     """Relief on a front whose outer face is at centre[1]: a frame, an inlay, bars or nothing."""
     x, y, z = centre
     style = b.integer(0, 4)
@@ -91,9 +106,21 @@ def _trim(b: Builder, body: Body, half_x: float, half_z: float, centre: tuple[fl
     depth = b.uniform(0.004, 0.012)
     if style == 0:
         for sx in (-1, 1):
-            b.box(body, (border / 2, depth, half_z), (x + sx * (half_x - border / 2), y, z), "trim", index)  # fmt: skip
+            b.box(
+                body,
+                (border / 2, depth, half_z),
+                (x + sx * (half_x - border / 2), y, z),
+                "trim",
+                index,
+            )
         for sz in (-1, 1):
-            b.box(body, (half_x, depth, border / 2), (x, y, z + sz * (half_z - border / 2)), "trim", index)  # fmt: skip
+            b.box(
+                body,
+                (half_x, depth, border / 2),
+                (x, y, z + sz * (half_z - border / 2)),
+                "trim",
+                index,
+            )
     elif style == 1:
         b.box(body, (half_x - border, depth, half_z - border), (x, y, z), "trim", index)
     elif style == 2:
@@ -112,12 +139,24 @@ def _vessel(b: Builder, radius: float, height: float) -> list[tuple[float, float
         base = b.uniform(0.5, 1.0)
         belly = b.uniform(0.8, 1.0)
         outer = [(0, 0), (base * r, 0), (belly * r, 0.45 * h), (r, h)]
-        inner = [(r - wall, h), (belly * r - wall, 0.45 * h), (base * r - wall, 0.1 * h), (0, 0.1 * h)]
+        inner = [
+            (r - wall, h),
+            (belly * r - wall, 0.45 * h),
+            (base * r - wall, 0.1 * h),
+            (0, 0.1 * h),
+        ]
         return outer + inner
     if style == 1:  # bottle
         neck = b.uniform(0.2, 0.5)
         shoulder = b.uniform(0.5, 0.75)
-        return [(0, 0), (r, 0), (r, shoulder * h), (neck * r, (shoulder + 0.15) * h), (neck * r, h), (0, h)]  # fmt: skip
+        return [
+            (0, 0),
+            (r, 0),
+            (r, shoulder * h),
+            (neck * r, (shoulder + 0.15) * h),
+            (neck * r, h),
+            (0, h),
+        ]
     if style == 2:  # smooth vase
         z = np.linspace(0, 1, 8)
         phase = b.uniform(0, 2 * np.pi)
@@ -125,12 +164,22 @@ def _vessel(b: Builder, radius: float, height: float) -> list[tuple[float, float
         return [(0, 0), *zip(radii, z * h, strict=True), (0, h)]
     if style == 3:  # jar with a cap
         cap = b.uniform(0.7, 1.0)
-        return [(0, 0), (r, 0), (r, 0.72 * h), (cap * r * 0.9, 0.76 * h), (cap * r, 0.78 * h), (cap * r, h), (0, h)]  # fmt: skip
+        return [
+            (0, 0),
+            (r, 0),
+            (r, 0.72 * h),
+            (cap * r * 0.9, 0.76 * h),
+            (cap * r, 0.78 * h),
+            (cap * r, h),
+            (0, h),
+        ]
     taper = b.uniform(0.3, 1.0)
     return [(0, 0), (r, 0), (r * taper, h), (0, h)]
 
 
-def prop(b: Builder, body: Body, at: tuple[float, float, float], size: float, index: int = 0) -> float:
+def prop(
+    b: Builder, body: Body, at: tuple[float, float, float], size: float, index: int = 0
+) -> float:
     """A small thing standing at `at` with about the half extent `size`; returns its height."""
     x, y, z = at
     style = b.integer(0, 5)
@@ -140,7 +189,9 @@ def prop(b: Builder, body: Body, at: tuple[float, float, float], size: float, in
         half = (size * b.uniform(0.4, 0.8), size * b.uniform(0.2, 0.7), height / 2)
         b.box(body, half, (x, y, z + height / 2), "prop", index, quat)
     elif style == 2:
-        b.cylinder(body, size * b.uniform(0.3, 0.8), height / 2, (x, y, z + height / 2), "z", "prop", index)  # fmt: skip
+        b.cylinder(
+            body, size * b.uniform(0.3, 0.8), height / 2, (x, y, z + height / 2), "z", "prop", index
+        )
     elif style == 3:
         radius = size * b.uniform(0.3, 0.7)
         height = 2 * radius
@@ -154,7 +205,9 @@ def prop(b: Builder, body: Body, at: tuple[float, float, float], size: float, in
 
 
 def drawer(b: Builder, root: Body) -> Extent:
-    rows, columns = b.pick((1, 1), (1, 2), (2, 1), (3, 1), (4, 1), (2, 2), (3, 2), (1, 3), (5, 1), (2, 3))
+    rows, columns = b.pick(
+        (1, 1), (1, 2), (2, 1), (3, 1), (4, 1), (2, 2), (3, 2), (1, 3), (5, 1), (2, 3)
+    )
     x = b.uniform(0.22, 0.5) if columns == 1 else b.uniform(0.35, 0.6)
     cell = b.uniform(0.09, 0.36) if rows > 1 else b.uniform(0.1, 0.5)
     z = min(rows * cell, 1.0) / 2
@@ -188,11 +241,18 @@ def drawer(b: Builder, root: Body) -> Extent:
         for column in range(columns):
             centre = -x + wall + width * (column + 0.5)
             if column and row == 0:
-                b.box(root, (wall / 4, y * 0.97, z - wall), (centre - width / 2, 0, feet + z), "inside")
+                b.box(
+                    root,
+                    (wall / 4, y * 0.97, z - wall),
+                    (centre - width / 2, 0, feet + z),
+                    "inside",
+                )
             if rows * columns > 2 and b.chance(0.08):
                 continue  # an open shelf
             reach = 2 * (y - wall)
-            part = b.slide(root, (centre, 0, middle), (0, -1, 0), (0, b.uniform(0.55, 0.9) * reach), rest=0.6)  # fmt: skip
+            part = b.slide(
+                root, (centre, 0, middle), (0, -1, 0), (0, b.uniform(0.55, 0.9) * reach), rest=0.6
+            )
             fx, fz = width / 2 - gap, height / 2 - gap
             if overlay:
                 fx, fz = fx + wall * 0.3, fz
@@ -229,21 +289,47 @@ def drawer(b: Builder, root: Body) -> Extent:
     return Extent(x, y, top)
 
 
-def _leaf(b: Builder, hinge: Body, side: int, width: float, height: float, thick: float, index: int,
-          handle: float) -> None:  # fmt: skip
+def _leaf(
+    b: Builder,
+    hinge: Body,
+    side: int,
+    width: float,
+    height: float,
+    thick: float,
+    index: int,
+    handle: float,
+) -> None:
     """A door leaf at z 0..height of its hinge body, reaching `width` towards -side * x."""
     cx = -side * width / 2
     style = b.integer(0, 4)
     if style == 0 and width > 0.2:  # open frame with bars
         border = b.uniform(0.1, 0.2) * min(width, height)
         for offset in (-1, 1):
-            b.box(hinge, (border / 2, thick, height / 2), (cx + offset * (width - border) / 2, -thick, height / 2), "front", index)  # fmt: skip
+            b.box(
+                hinge,
+                (border / 2, thick, height / 2),
+                (cx + offset * (width - border) / 2, -thick, height / 2),
+                "front",
+                index,
+            )
         for low in (border / 2, height - border / 2):
             b.box(hinge, (width / 2, thick, border / 2), (cx, -thick, low), "front", index)
         if b.chance(0.7):
-            b.box(hinge, (width / 2 - border, thick * 0.3, height / 2 - border), (cx, -thick, height / 2), "glass", index)  # fmt: skip
+            b.box(
+                hinge,
+                (width / 2 - border, thick * 0.3, height / 2 - border),
+                (cx, -thick, height / 2),
+                "glass",
+                index,
+            )
         for i in range(b.integer(1, 4)):
-            b.box(hinge, (border / 6, thick * 0.7, height / 2), (cx + width * (0.2 * i - 0.3), -thick, height / 2), "trim", index)  # fmt: skip
+            b.box(
+                hinge,
+                (border / 6, thick * 0.7, height / 2),
+                (cx + width * (0.2 * i - 0.3), -thick, height / 2),
+                "trim",
+                index,
+            )
     else:
         b.box(hinge, (width / 2, thick, height / 2), (cx, -thick, height / 2), "front", index)
         _trim(b, hinge, width / 2, height / 2, (cx, -2 * thick, height / 2), index)
@@ -258,18 +344,32 @@ def door(b: Builder, root: Body) -> Extent:
         width, height = b.uniform(0.35, 0.6), b.uniform(0.6, 1.0)
         post, thick = b.uniform(0.02, 0.06), b.uniform(0.008, 0.02)
         for sx in (-1, 1):
-            b.box(root, (post / 2, post / 2, height / 2 + post), (sx * (width + post) / 2, 0, height / 2 + post), "frame")  # fmt: skip
+            b.box(
+                root,
+                (post / 2, post / 2, height / 2 + post),
+                (sx * (width + post) / 2, 0, height / 2 + post),
+                "frame",
+            )
         if b.chance(0.75):
-            b.box(root, (width / 2 + post, post / 2, post / 2), (0, 0, height + 1.5 * post), "frame")
+            b.box(
+                root, (width / 2 + post, post / 2, post / 2), (0, 0, height + 1.5 * post), "frame"
+            )
         if b.chance(0.6):  # the wall round it
             for sx in (-1, 1):
-                b.box(root, (0.4, post / 3, height / 2 + post), (sx * (width / 2 + post + 0.4), 0, height / 2 + post), "wall")  # fmt: skip
+                b.box(
+                    root,
+                    (0.4, post / 3, height / 2 + post),
+                    (sx * (width / 2 + post + 0.4), 0, height / 2 + post),
+                    "wall",
+                )
         count = b.pick(1, 1, 2)
         inward = b.pick(-1, 1)
         for i in range(count):
             side = b.pick(-1, 1) if count == 1 else (-1, 1)[i]
             lo, hi = sorted((0.0, side * limit * inward * 0.8))
-            hinge = b.hinge(root, (side * width / 2, 0, b.uniform(0.0, 0.02)), (0, 0, 1), (lo, hi), rest=0.4)
+            hinge = b.hinge(
+                root, (side * width / 2, 0, b.uniform(0.0, 0.02)), (0, 0, 1), (lo, hi), rest=0.4
+            )
             _leaf(b, hinge, side, width / count * 0.98, height, thick, i, 0.5)
         return Extent(width / 2 + post, 0.1, height + 2 * post)
     x, y, z = b.uniform(0.2, 0.5), b.uniform(0.12, 0.35), b.uniform(0.2, 0.5)
@@ -296,8 +396,10 @@ def door(b: Builder, root: Body) -> Extent:
         cells = [(s, s * inner_x, low, inner_x - gap, 2 * inner_z) for s in (-1, 1)]
     elif layout == "stacked":
         share = b.uniform(0.25, 0.7) * 2 * inner_z
-        cells = [(side, side * inner_x, low, 2 * inner_x, share - gap),
-                 (side, side * inner_x, low + share, 2 * inner_x, 2 * inner_z - share)]  # fmt: skip
+        cells = [
+            (side, side * inner_x, low, 2 * inner_x, share - gap),
+            (side, side * inner_x, low + share, 2 * inner_x, 2 * inner_z - share),
+        ]
     else:
         count = b.integer(2, 3)
         width = 2 * inner_x / count
@@ -333,14 +435,31 @@ def slider(b: Builder, root: Body) -> Extent:
         for i in range(count):
             home = -inner + width / 2 + (2 * inner - width) * (i / max(count - 1, 1))
             track = -y + thick * 1.2 + i * 2.4 * thick
-            part = b.slide(root, (home, track, feet + z), (1, 0, 0),
-                           (-inner + width / 2 - home, inner - width / 2 - home), rest=0.5)  # fmt: skip
+            part = b.slide(
+                root,
+                (home, track, feet + z),
+                (1, 0, 0),
+                (-inner + width / 2 - home, inner - width / 2 - home),
+                rest=0.5,
+            )
             half_z = z - wall
             if b.chance(0.35):
                 border = b.uniform(0.1, 0.2) * min(width, half_z)
                 for s in (-1, 1):
-                    b.box(part, (border / 2, thick, half_z), (s * (width - border) / 2, 0, 0), "front", i)
-                    b.box(part, (width / 2, thick, border / 2), (0, 0, s * (half_z - border / 2)), "front", i)
+                    b.box(
+                        part,
+                        (border / 2, thick, half_z),
+                        (s * (width - border) / 2, 0, 0),
+                        "front",
+                        i,
+                    )
+                    b.box(
+                        part,
+                        (width / 2, thick, border / 2),
+                        (0, 0, s * (half_z - border / 2)),
+                        "front",
+                        i,
+                    )
                 b.box(part, (width / 2 - border, thick / 4, half_z - border), (0, 0, 0), "glass", i)
             else:
                 b.box(part, (width / 2, thick, half_z), (0, 0, 0), "front", i)
@@ -367,8 +486,12 @@ def slider(b: Builder, root: Body) -> Extent:
                 pane = b.fixed(root, at)
             border = b.uniform(0.02, 0.05)
             for s in (-1, 1):
-                b.box(pane, (border / 2, thick, half), (s * (x - wall - border / 2), 0, 0), "front", i)
-                b.box(pane, (x - wall, thick, border / 2), (0, 0, s * (half - border / 2)), "front", i)
+                b.box(
+                    pane, (border / 2, thick, half), (s * (x - wall - border / 2), 0, 0), "front", i
+                )
+                b.box(
+                    pane, (x - wall, thick, border / 2), (0, 0, s * (half - border / 2)), "front", i
+                )
             b.box(pane, (x - wall, thick / 4, half), (0, 0, 0), "glass", i)
             if b.chance(0.6):
                 b.box(pane, (0.05, 0.02, 0.01), (0, -thick - 0.02, -half + border), "handle", i)
@@ -400,7 +523,17 @@ def slider(b: Builder, root: Body) -> Extent:
                 b.cylinder(cap, min(room, long), rise, (0, 0, rise), "z", "cap", i)
             else:
                 b.box(cap, half, (0, 0, rise), "cap", i)
-                b.box(cap, (half[0] * (0.9 if vertical else 0.15), half[1] * (0.15 if vertical else 0.9), 0.006), (0, 0, 2 * rise), "trim", i)  # fmt: skip
+                b.box(
+                    cap,
+                    (
+                        half[0] * (0.9 if vertical else 0.15),
+                        half[1] * (0.15 if vertical else 0.9),
+                        0.006,
+                    ),
+                    (0, 0, 2 * rise),
+                    "trim",
+                    i,
+                )
         return Extent(x, length * np.cos(tilt) + thick, up + length * np.sin(tilt) + thick)
     if style == "carriage":  # carriage on one or two rails
         x, high = b.uniform(0.35, 0.55), b.uniform(0.05, 0.5)
@@ -437,7 +570,13 @@ def slider(b: Builder, root: Body) -> Extent:
             b.box(part, (ix, wall / 2, iz * 0.8), (0, s * (y - wall), iz * 0.8 + wall), "tray")
         for item in range(b.integer(0, 3)):
             load = b.fixed(part)
-            prop(b, load, (b.uniform(-0.6, 0.6) * ix, b.uniform(-0.8, 0.6) * y, 1.5 * wall), 0.08, item)
+            prop(
+                b,
+                load,
+                (b.uniform(-0.6, 0.6) * ix, b.uniform(-0.8, 0.6) * y, 1.5 * wall),
+                0.08,
+                item,
+            )
         return Extent(y if sideways else x, x if sideways else y, 2 * z)
     # beads: things strung on bars
     x, z = b.uniform(0.3, 0.5), b.uniform(0.2, 0.45)
@@ -473,7 +612,13 @@ def _dial(b: Builder, part: Body, radius: float, index: int) -> None:
     style = b.integer(0, 6)
     if style == 0:  # cylinder with a grip bar
         b.cylinder(part, radius, depth * 0.3, (0, 0, depth * 0.3), "z", "dial", index)
-        b.box(part, (radius * b.uniform(0.12, 0.3), radius, depth * 0.5), (0, 0, depth * 0.8), "grip", index)  # fmt: skip
+        b.box(
+            part,
+            (radius * b.uniform(0.12, 0.3), radius, depth * 0.5),
+            (0, 0, depth * 0.8),
+            "grip",
+            index,
+        )
     elif style == 1:  # lobes
         lobes = b.integer(3, 7)
         b.cylinder(part, radius * 0.72, depth / 2, (0, 0, depth / 2), "z", "dial", index)
@@ -496,7 +641,13 @@ def _dial(b: Builder, part: Body, radius: float, index: int) -> None:
             b.box(part, (radius / 2, rim * 0.6, rim * 0.6), at, "grip", index, turn("z", angle))
         b.cylinder(part, radius * 0.2, depth * 0.6, (0, 0, depth * 0.6), "z", "grip", index)
     elif style == 3:  # turned profile
-        shape = [(0, 0), (radius, 0), (radius * b.uniform(0.7, 1), depth * 0.3), (radius * b.uniform(0.4, 0.9), depth), (0, depth)]  # fmt: skip
+        shape = [
+            (0, 0),
+            (radius, 0),
+            (radius * b.uniform(0.7, 1), depth * 0.3),
+            (radius * b.uniform(0.4, 0.9), depth),
+            (0, depth),
+        ]
         b.lathe(part, shape, (0, 0, 0), "z", "dial", index, sides=b.pick(6, 8, 12, 24))
     elif style == 4:  # bar handle
         b.cylinder(part, radius * 0.35, depth / 2, (0, 0, depth / 2), "z", "dial", index)
@@ -505,12 +656,21 @@ def _dial(b: Builder, part: Body, radius: float, index: int) -> None:
         b.box(part, (radius * 0.8, radius * 0.8, depth / 2), (0, 0, depth / 2), "dial", index)
     else:  # cross
         for angle in (0.0, np.pi / 2):
-            b.box(part, (radius, radius * 0.22, depth * 0.3), (0, 0, depth * 0.7), "grip", index, turn("z", angle))  # fmt: skip
+            b.box(
+                part,
+                (radius, radius * 0.22, depth * 0.3),
+                (0, 0, depth * 0.7),
+                "grip",
+                index,
+                turn("z", angle),
+            )
         b.cylinder(part, radius * 0.4, depth / 2, (0, 0, depth / 2), "z", "dial", index)
     if b.chance(0.75):  # pointer
         length = radius * b.uniform(0.15, 0.45)
         at = (0, radius - length, depth * (1.3 if style == 0 else 1.0))
-        b.box(part, (radius * b.uniform(0.05, 0.15), length, depth * 0.06 + 0.004), at, "mark", index)
+        b.box(
+            part, (radius * b.uniform(0.05, 0.15), length, depth * 0.06 + 0.004), at, "mark", index
+        )
 
 
 def knob(b: Builder, root: Body) -> Extent:
@@ -539,8 +699,17 @@ def knob(b: Builder, root: Body) -> Extent:
                 marks = b.integer(3, 9)
                 for i in range(marks):
                     angle = np.pi / 2 + 4.5 * (i / (marks - 1) - 0.5)
-                    place = np.add(at, (1.18 * size * np.cos(angle), 1.18 * size * np.sin(angle), 0))
-                    b.box(panel, (size * 0.07, size * 0.02, 0.004), place, "scale", 0, turn("z", angle))
+                    place = np.add(
+                        at, (1.18 * size * np.cos(angle), 1.18 * size * np.sin(angle), 0)
+                    )
+                    b.box(
+                        panel,
+                        (size * 0.07, size * 0.02, 0.004),
+                        place,
+                        "scale",
+                        0,
+                        turn("z", angle),
+                    )
     return Extent(x, half * np.cos(tilt) + thick + 0.1, lift + half * np.sin(tilt) + thick)
 
 
@@ -556,9 +725,23 @@ def _link(b: Builder, body: Body, length: float, width: float, index: int) -> No
         b.cylinder(body, width * 0.7, length / 2, middle, "z", "link", index)
     else:  # two parallel bars
         for s in (-1, 1):
-            b.box(body, (width * 0.25, width * 0.3, length / 2), (s * width * 0.7, 0, length / 2), "link", index)  # fmt: skip
+            b.box(
+                body,
+                (width * 0.25, width * 0.3, length / 2),
+                (s * width * 0.7, 0, length / 2),
+                "link",
+                index,
+            )
     if b.chance(0.8):
-        b.cylinder(body, width * b.uniform(0.9, 1.4), width * b.uniform(0.8, 1.3), (0, 0, 0), b.pick("x", "y"), "joint", index)  # fmt: skip
+        b.cylinder(
+            body,
+            width * b.uniform(0.9, 1.4),
+            width * b.uniform(0.8, 1.3),
+            (0, 0, 0),
+            b.pick("x", "y"),
+            "joint",
+            index,
+        )
 
 
 def arm(b: Builder, root: Body) -> Extent:
@@ -574,10 +757,16 @@ def arm(b: Builder, root: Body) -> Extent:
         b.cylinder(root, b.uniform(0.08, 0.2), 0.02, (0, 0, 0.02), "z", "base")
         b.cylinder(root, width, high / 2, (0, 0, high / 2), "z", "base")
     elif base_style == 1:
-        b.box(root, (b.uniform(0.08, 0.2), b.uniform(0.08, 0.2), high / 2), (0, 0, high / 2), "base")
+        b.box(
+            root, (b.uniform(0.08, 0.2), b.uniform(0.08, 0.2), high / 2), (0, 0, high / 2), "base"
+        )
     elif base_style == 2:
         wide = b.uniform(0.1, 0.2)
-        b.lathe(root, [(0, 0), (wide, 0), (wide, high * 0.3), (width * 1.3, high), (0, high)], look="base")
+        b.lathe(
+            root,
+            [(0, 0), (wide, 0), (wide, high * 0.3), (width * 1.3, high), (0, high)],
+            look="base",
+        )
     else:  # hangs from a gallows
         high = b.uniform(0.75, 0.95)
         b.box(root, (0.03, 0.03, high / 2), (-0.2, 0.15, high / 2), "base")
@@ -614,12 +803,21 @@ def arm(b: Builder, root: Body) -> Extent:
     if tool == 0:  # gripper
         b.box(end, (width * 2, width, width * 0.6), (0, 0, width * 0.5), "tool")
         for s in (-1, 1):
-            b.box(end, (width * 0.35, width * 0.8, width * 1.5), (s * width * 1.6, 0, width * 2), "tool")
+            b.box(
+                end,
+                (width * 0.35, width * 0.8, width * 1.5),
+                (s * width * 1.6, 0, width * 2),
+                "tool",
+            )
         if b.chance(0.4):
             b.box(end, (width * 1.2, width * 1.2, width * 1.2), (0, 0, width * 3), "prop")
     elif tool == 1:  # lamp head
         wide = width * b.uniform(2, 4)
-        b.lathe(end, [(0, 0), (wide * 0.4, 0), (wide, wide), (wide * 0.9, wide), (0, wide * 0.3)], look="tool")
+        b.lathe(
+            end,
+            [(0, 0), (wide * 0.4, 0), (wide, wide), (wide * 0.9, wide), (0, wide * 0.3)],
+            look="tool",
+        )
     elif tool == 2:
         b.ellipsoid(end, (width * b.uniform(1.2, 3),) * 3, look="tool")
     elif tool == 3:  # plate or screen
@@ -637,9 +835,22 @@ def _free_body(b: Builder, index: int, size: float) -> None:
     on_side = turn("x", np.pi / 2)
     body = b.free()
     style = b.pick(
-        "box", "box", "cylinder", "capsule", "ball", "vessel", "vessel", "mug", "tee", "ell", "car",
-        "hammer", "stool", "book", "cross",
-    )  # fmt: skip
+        "box",
+        "box",
+        "cylinder",
+        "capsule",
+        "ball",
+        "vessel",
+        "vessel",
+        "mug",
+        "tee",
+        "ell",
+        "car",
+        "hammer",
+        "stool",
+        "book",
+        "cross",
+    )
     s = size
     if style == "box":
         x, y, z = (s * b.uniform(0.3, 1) for _ in range(3))
@@ -657,8 +868,12 @@ def _free_body(b: Builder, index: int, size: float) -> None:
         r, h = s * b.uniform(0.3, 0.8), s * b.uniform(0.15, 1)
         b.cylinder(body, r, h, look="free", index=index)
         if b.chance(0.4):
-            b.cylinder(body, r * 1.02, h * 0.2, (0, 0, h * b.uniform(-0.6, 0.6)), "z", "mark", index)
-        b.place_free(r, 2 * h, [(upright, h), (on_side, r)] if b.chance(0.6) else [(upright, h)], True)
+            b.cylinder(
+                body, r * 1.02, h * 0.2, (0, 0, h * b.uniform(-0.6, 0.6)), "z", "mark", index
+            )
+        b.place_free(
+            r, 2 * h, [(upright, h), (on_side, r)] if b.chance(0.6) else [(upright, h)], True
+        )
     elif style == "capsule":
         r, h = s * b.uniform(0.2, 0.5), s * b.uniform(0.3, 0.8)
         b.capsule(body, r, h, look="free", index=index)
@@ -759,10 +974,19 @@ def lid(b: Builder, root: Body) -> Extent:
     if style == "bin":
         r, h = b.uniform(0.18, 0.32), b.uniform(0.4, 0.8)
         base, wall = b.uniform(0.7, 1.0), 0.08 * r
-        b.lathe(root, [(0, 0), (base * r, 0), (r, h), (r - wall, h), (base * r - wall, 0.05), (0, 0.05)], look="shell")  # fmt: skip
+        b.lathe(
+            root,
+            [(0, 0), (base * r, 0), (r, h), (r - wall, h), (base * r - wall, 0.05), (0, 0.05)],
+            look="shell",
+        )
         top = b.hinge(root, (0, r, h), (1, 0, 0), (-limit, 0), rest=0.4)
         if b.chance(0.5):
-            b.lathe(top, [(0, 0.005), (r * 1.04, 0.005), (r * 1.04, 0.03), (r * 0.6, 0.12), (0, 0.14)], (0, -r, 0), look="front")  # fmt: skip
+            b.lathe(
+                top,
+                [(0, 0.005), (r * 1.04, 0.005), (r * 1.04, 0.03), (r * 0.6, 0.12), (0, 0.14)],
+                (0, -r, 0),
+                look="front",
+            )
         else:
             b.cylinder(top, r * 1.04, 0.02, (0, -r, 0.02), "z", "front")
         if b.chance(0.5):
@@ -776,7 +1000,13 @@ def lid(b: Builder, root: Body) -> Extent:
         b.box(root, (x, wall / 2, z), (0, s * (y - wall / 2), feet + z), "shell")
     b.box(root, (x, y, wall / 2), (0, 0, feet + wall / 2), "inside")
     for item in range(b.integer(0, 3)):
-        prop(b, root, (b.uniform(-0.6, 0.6) * x, b.uniform(-0.6, 0.6) * y, feet + wall), 0.5 * z, item)
+        prop(
+            b,
+            root,
+            (b.uniform(-0.6, 0.6) * x, b.uniform(-0.6, 0.6) * y, feet + wall),
+            0.5 * z,
+            item,
+        )
     high = feet + 2 * z
     top = b.hinge(root, (0, y, high), (1, 0, 0), (-limit, 0), rest=0.5)
     if style == "chest" and b.chance(0.5):  # vaulted
@@ -803,7 +1033,9 @@ def lever(b: Builder, root: Body) -> Extent:
         b.box(root, (0.02, y * 0.6, 0.004), (0, 0, 2 * z), "slot")
         long, r = b.uniform(0.35, 0.7), b.uniform(0.015, 0.04)
         axis = b.pick((1, 0, 0), (0, 1, 0)) if style == "toggle" else (0, 0, 1)
-        part = b.hinge(root, (0, 0, 2 * z), axis, (-b.uniform(0.5, 1.1), b.uniform(0.5, 1.1)), rest=0.1)
+        part = b.hinge(
+            root, (0, 0, 2 * z), axis, (-b.uniform(0.5, 1.1), b.uniform(0.5, 1.1)), rest=0.1
+        )
         if style == "crank":
             b.cylinder(part, 2 * r, 0.05, (0, 0, 0.05), "z", "link")
             b.box(part, (long / 2, r, r), (long / 2, 0, 0.1), "link")
@@ -820,7 +1052,9 @@ def lever(b: Builder, root: Body) -> Extent:
         b.capsule(root, r * 0.5, 0.05, (0, -0.4, h * 0.75 - 0.05), "z", "base")
         upright = b.chance(0.5)
         axis = (0, 0, 1) if upright else (1, 0, 0)
-        part = b.hinge(root, (0, 0, h + 0.02), axis, (-1.2, 1.2) if upright else (-0.2, 0.9), rest=0.3)
+        part = b.hinge(
+            root, (0, 0, h + 0.02), axis, (-1.2, 1.2) if upright else (-0.2, 0.9), rest=0.3
+        )
         b.cylinder(part, r * 1.1, 0.04, (0, 0, 0.04), "z", "handle")
         long = b.uniform(0.2, 0.4)
         b.capsule(part, r * 0.35, long / 2, (0, -long / 2, 0.1), "y", "handle")
@@ -868,7 +1102,12 @@ def turntable(b: Builder, root: Body) -> Extent:
     if b.chance(0.7):
         b.cylinder(plate, radius, thick, (0, 0, thick), "z", "plate")
     else:
-        b.lathe(plate, [(0, 0), (radius, 0), (radius, 2 * thick), (0, 2 * thick)], look="plate", sides=b.pick(6, 8))  # fmt: skip
+        b.lathe(
+            plate,
+            [(0, 0), (radius, 0), (radius, 2 * thick), (0, 2 * thick)],
+            look="plate",
+            sides=b.pick(6, 8),
+        )
     count = b.integer(1, 6)
     start = b.uniform(0, 2 * np.pi)
     for i in range(count):

@@ -157,9 +157,7 @@ class Builder:
         """A body sliding along `axis`; limits in the asset's unit."""
         body = self.fixed(parent, pos, quat)
         limits = (limits[0] * self.scale, limits[1] * self.scale)
-        return self._part(
-            body, mujoco.mjtJoint.mjJNT_SLIDE, axis, limits, home * self.scale, rest
-        )
+        return self._part(body, mujoco.mjtJoint.mjJNT_SLIDE, axis, limits, home * self.scale, rest)
 
     def _part(self, body, kind, axis, limits, home, rest) -> mujoco.MjsBody:
         # The damping holds articulated parts still while pushed free bodies are stepped.
@@ -202,38 +200,68 @@ class Builder:
         return geom
 
     def box(
-        self, body, half: Vector, pos: Vector = (0, 0, 0), look="body", index=0,
+        self,
+        body,
+        half: Vector,
+        pos: Vector = (0, 0, 0),
+        look="body",
+        index=0,
         quat: Vector = (1, 0, 0, 0),
-    ):  # fmt: skip
+    ):
         return self._geom(body, mujoco.mjtGeom.mjGEOM_BOX, half, pos, quat, look, index)
 
     def cylinder(
-        self, body, radius: float, half: float, pos: Vector = (0, 0, 0), axis="z", look="body",
-        index=0, quat: Vector | None = None,
-    ):  # fmt: skip
+        self,
+        body,
+        radius: float,
+        half: float,
+        pos: Vector = (0, 0, 0),
+        axis="z",
+        look="body",
+        index=0,
+        quat: Vector | None = None,
+    ):
         quat = _AXIS_QUAT[axis] if quat is None else quat
         size = (radius, half, 0)
         return self._geom(body, mujoco.mjtGeom.mjGEOM_CYLINDER, size, pos, quat, look, index)
 
     def capsule(
-        self, body, radius: float, half: float, pos: Vector = (0, 0, 0), axis="z", look="body",
-        index=0, quat: Vector | None = None,
-    ):  # fmt: skip
+        self,
+        body,
+        radius: float,
+        half: float,
+        pos: Vector = (0, 0, 0),
+        axis="z",
+        look="body",
+        index=0,
+        quat: Vector | None = None,
+    ):
         quat = _AXIS_QUAT[axis] if quat is None else quat
         size = (radius, half, 0)
         return self._geom(body, mujoco.mjtGeom.mjGEOM_CAPSULE, size, pos, quat, look, index)
 
     def ellipsoid(
-        self, body, radii: Vector, pos: Vector = (0, 0, 0), look="body", index=0,
+        self,
+        body,
+        radii: Vector,
+        pos: Vector = (0, 0, 0),
+        look="body",
+        index=0,
         quat: Vector = (1, 0, 0, 0),
-    ):  # fmt: skip
+    ):
         kind = mujoco.mjtGeom.mjGEOM_ELLIPSOID
         return self._geom(body, kind, radii, pos, quat, look, index)
 
     def lathe(
-        self, body, profile: Sequence[tuple[float, float]], pos: Vector = (0, 0, 0), axis="z",
-        look="body", index=0, sides: int = 20,
-    ):  # fmt: skip
+        self,
+        body,
+        profile: Sequence[tuple[float, float]],
+        pos: Vector = (0, 0, 0),
+        axis="z",
+        look="body",
+        index=0,
+        sides: int = 20,
+    ):
         """A surface of revolution about z through the (radius, z) points of `profile`.
 
         The profile runs from the bottom's middle round the outside to the top's middle; a vessel's
@@ -257,8 +285,11 @@ class Builder:
         here = np.arange(len(r) - 1)[:, None] * sides + np.arange(sides)
         side = np.arange(len(r) - 1)[:, None] * sides + (np.arange(sides) + 1) % sides
         faces = np.stack(
-            [np.stack([here, side, side + sides], -1), np.stack([here, side + sides, here + sides], -1)]
-        )  # fmt: skip
+            [
+                np.stack([here, side, side + sides], -1),
+                np.stack([here, side + sides, here + sides], -1),
+            ]
+        )
         mesh = self.spec.add_mesh(name=f"mesh{len(self.spec.meshes)}")
         mesh.uservert = vertices.ravel()
         mesh.userface = faces.ravel()

@@ -104,7 +104,9 @@ def read_sample(members: Mapping[str, Any]) -> StoredSample:
         camera_motion = np.load(io.BytesIO(members["camera_motion.npy"]), allow_pickle=False)
     except KeyError as error:
         key = members.get("__key__", "?")
-        raise ValueError(f"sample {key}: member {error} is missing, has {sorted(members)}") from None
+        raise ValueError(
+            f"sample {key}: member {error} is missing, has {sorted(members)}"
+        ) from None
     return StoredSample(
         rgb=cv2.cvtColor(rgb, cv2.COLOR_BGR2RGB),
         depth=depth * np.float32(meta["depth_scale"]),
@@ -127,11 +129,10 @@ def _decode_picture(members: Mapping[str, Any], name: str, mode: int) -> NDArray
 
 def iterate_shard(path: Path) -> Iterator[StoredSample]:
     """The samples of one shard in order."""
-    from webdataset.tariterators import group_by_keys, tar_file_iterator
+    import webdataset
 
-    with path.open("rb") as stream:
-        for members in group_by_keys(tar_file_iterator(stream)):
-            yield read_sample(members)
+    for members in webdataset.WebDataset([str(path)], shardshuffle=False):
+        yield read_sample(members)
 
 
 # Writing ------------------------------------------------------------------------------------
@@ -351,7 +352,9 @@ def main() -> None:
     parser.add_argument(
         "--shards", type=_job, default=(0, 1), metavar="i:n", help="each n-th shard from i on"
     )
-    parser.add_argument("--verify", action="store_true", help="check the files' checksums at the end")
+    parser.add_argument(
+        "--verify", action="store_true", help="check the files' checksums at the end"
+    )
     args = parser.parse_args()
     settings = Settings(
         size=args.size,
@@ -360,9 +363,7 @@ def main() -> None:
         images_per_shard=args.images_per_shard,
         camera_motion_probability=args.camera_motion,
     )
-    manifest = write_dataset(
-        args.out, args.split, args.images, settings, args.workers, args.shards
-    )
+    manifest = write_dataset(args.out, args.split, args.images, settings, args.workers, args.shards)
     if args.verify:
         verify(args.out, args.split)
     state = "complete" if manifest["complete"] else "not yet complete"

@@ -46,7 +46,8 @@ def optical_motions(
         [..., n, 4, 4], mapping optical coordinates before to optical coordinates after.
     """
     pose = np.asarray(camera_pose, np.float64)
-    moved = np.linalg.inv(pose) @ np.asarray(body_motion, np.float64) @ pose
+    change = np.asarray(body_motion, np.float64) - np.eye(4)  # bodies at rest: exactly zero
+    moved = np.eye(4) + np.linalg.inv(pose) @ change @ pose
     if camera_motion is not None:
         inverse = np.linalg.inv(np.asarray(camera_motion, np.float64))
         moved = inverse[..., None, :, :] @ moved
@@ -129,8 +130,6 @@ def dense_flow(
     )
 
 
-def moving_bodies(
-    body_motion: NDArray[np.floating], tolerance: float = 1e-5
-) -> NDArray[np.bool_]:
+def moving_bodies(body_motion: NDArray[np.floating], tolerance: float = 1e-5) -> NDArray[np.bool_]:
     """[..., n] bool: which bodies of `body_motion` [..., n, 4, 4] are not at rest."""
     return np.abs(body_motion - np.eye(4)).max(axis=(-2, -1)) > tolerance

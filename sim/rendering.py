@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sim.builder import COLLISION_ONLY_GROUP, MESH_SLOTS
-from sim.world import FAR, NEAR, PLANE_SIZE, PLANE_SLOTS, add_slots
+from sim.world import FAR, NEAR, PLANE_SIZE, PLANE_SLOTS, SKY_TEXTURE, add_slots
 
 _INSTALL = (
     "Off-screen rendering needs EGL or OSMesa. On Debian or Ubuntu install them with\n"
@@ -24,7 +24,7 @@ _INSTALL = (
 
 
 def _backend() -> str:
-    """"egl" or "osmesa": the user's MUJOCO_GL if it is one of them, else what is installed."""
+    """ "egl" or "osmesa": the user's MUJOCO_GL if it is one of them, else what is installed."""
     wanted = os.environ.get("MUJOCO_GL", "").lower()
     if wanted in ("egl", "osmesa"):
         return wanted
@@ -61,7 +61,8 @@ class Studio:
         spec.visual.global_.offwidth = width
         model = spec.compile()
         self.size = size
-        self._owner: object = None
+        self._owner: object = None  # the model whose meshes and textures are loaded
+        self._textures: set[int] = set()
         backend = _backend()
         try:
             # mujoco.GLContext depends on what MUJOCO_GL was when MuJoCo was first imported.
@@ -79,19 +80,29 @@ class Studio:
         self._camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
         self._camera.fixedcamid = 0
 
+    def close(self) -> None:
+        """Frees the contexts; OpenGL objects must go while their own context is current."""
+        self._gl.make_current()
+        self._context.free()
+        self._gl.free()
+
     def update(self, model: mujoco.MjModel, data: mujoco.MjData, shadows: bool) -> None:
-        """Loads the state of a world; textures and meshes only if another world was shown."""
+        """Loads the state of a world; meshes and textures only when they were not there before."""
         self._gl.make_current()
         if self._owner is not model:
-            for i in range(model.ntex):
-                mujoco.mjr_uploadTexture(model, self._context, i)
             for i in range(model.nmesh):
                 mujoco.mjr_uploadMesh(model, self._context, i)
             self._owner = model
+            self._textures = set()
+        # Uploading is slow and a picture shows a few of a world's textures only.
+        materials = np.unique(model.geom_matid[model.geom_matid >= 0])
+        role = mujoco.mjtTextureRole.mjTEXROLE_RGB.value
+        needed = {SKY_TEXTURE, *model.mat_texid[materials, role].tolist()} - {-1}
+        for i in sorted(needed - self._textures):
+            mujoco.mjr_uploadTexture(model, self._context, i)
+        self._textures |= needed
         category = mujoco.mjtCatBit.mjCAT_ALL.value
-        mujoco.mjv_updateScene(
-            model, data, self._option, None, self._camera, category, self._scene
-        )
+        mujoco.mjv_updateScene(model, data, self._option, None, self._camera, category, self._scene)
         self._scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = shadows
         self._scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = False
 
@@ -139,5 +150,6 @@ def studio(size: tuple[int, int]) -> Studio:
     if current is None or current.size[0] < size[0] or current.size[1] < size[1]:
         if current is not None:
             size = (max(size[0], current.size[0]), max(size[1], current.size[1]))
+            current.close()
         current = _local.studio = Studio(size)
     return current

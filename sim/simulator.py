@@ -164,7 +164,7 @@ class Simulator:
             if part.free:
                 continue
             low, high = self._range_of_part[i]
-            if closed and part.rest > 0.25 or rng.random() < part.rest:
+            if (closed and part.rest > 0.25) or rng.random() < part.rest:
                 value = part.home
             else:
                 value = rng.uniform(low, high)
@@ -189,7 +189,7 @@ class Simulator:
             else:
                 level = 0.0
                 spread = reach
-                for attempt in range(60):
+                for _ in range(60):
                     xy = origin + rng.uniform(-1, 1, 2) * max(spread - body.radius * 0.5, 0)
                     if all(np.linalg.norm(xy - t[0]) > t[1] + body.radius for t in taken):
                         break
@@ -404,9 +404,7 @@ class Simulator:
 
     def _still(self, camera_motion: NDArray) -> Future:
         motion = np.broadcast_to(np.eye(4, dtype=np.float32), (self.model.nbody, 4, 4)).copy()
-        return Future(
-            motion, camera_motion.astype(np.float32), STILL, self.data.qpos.copy()
-        )
+        return Future(motion, camera_motion.astype(np.float32), STILL, self.data.qpos.copy())
 
     def _draw_camera_motion(self, rng: np.random.Generator) -> NDArray[np.float64]:
         size = np.exp(rng.uniform(np.log(0.1), np.log(1.0)))
@@ -449,9 +447,7 @@ class Simulator:
         return self._visible[1]
 
     @staticmethod
-    def _next_joint_value(
-        rng: np.random.Generator, value: float, low: float, high: float
-    ) -> float:
+    def _next_joint_value(rng: np.random.Generator, value: float, low: float, high: float) -> float:
         """Another value in the limits: either direction, from tiny to the full way."""
         rooms = np.array([value - low, high - value])
         possible = rooms > 0.03 * (high - low)
@@ -552,9 +548,15 @@ class Simulator:
         v, u = np.mgrid[0 : self.size[0] : step, 0 : self.size[1] : step]
         v, u = v.ravel(), u.ravel()
         result = point_flow(
-            np.stack([u, v], -1), frame.depth[v, u], frame.bodies[v, u], frame.intrinsics,
-            self.size, frame.camera_pose, future.body_motion, future.camera_motion,
-        )  # fmt: skip
+            np.stack([u, v], -1),
+            frame.depth[v, u],
+            frame.bodies[v, u],
+            frame.intrinsics,
+            self.size,
+            frame.camera_pose,
+            future.body_motion,
+            future.camera_motion,
+        )
         strongest = float(np.abs(result.flow).max(initial=0))
         low, high = _FLOW_RANGE
         return strongest <= high and (strongest >= low or future.description == STILL)
@@ -567,9 +569,13 @@ class Simulator:
         Renders the state after `future` for `Truth.next` and the occlusion, then comes back.
         """
         moved = dense_flow(
-            frame.depth, frame.bodies, frame.intrinsics, frame.camera_pose,
-            future.body_motion, future.camera_motion,
-        )  # fmt: skip
+            frame.depth,
+            frame.bodies,
+            frame.intrinsics,
+            frame.camera_pose,
+            future.body_motion,
+            future.camera_motion,
+        )
         following = self.after(future)
         height, width = frame.depth.shape
         v, u = np.mgrid[0:height, 0:width]

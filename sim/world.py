@@ -22,6 +22,7 @@ from sim.textures import PATTERN_SIZE, cube_faces, pattern_bank, sky, surface
 
 # Each world has the same texture, material and mesh slots: the render context, which is expensive,
 # is then made once in a process and only the contents are uploaded again.
+SKY_TEXTURE = 0  # its id
 SKY_SIZE = 16
 CUBE_SIZE = 64
 CUBE_TEXTURES = 8
@@ -90,8 +91,9 @@ BACKDROP = -1
 """Asset number of floor, walls and clutter in the looks."""
 
 
-def _backdrop(b: Builder, kind: str, extents: list[tuple[float, float, float, float]],
-              scale: float) -> tuple[float, bool]:  # fmt: skip
+def _backdrop(
+    b: Builder, kind: str, extents: list[tuple[float, float, float, float]], scale: float
+) -> tuple[float, bool]:
     """Floor, table, walls and clutter round the assets' (x, y, half x, half y) in metres.
 
     Returns the radius about the origin that is supported, and whether a back wall stands.

@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: MIT
+"""Simulated worlds: true flow against a second rendering, determinism, limits, all kinds."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from sim import HELD_OUT_KINDS, TRAIN_KINDS
+from sim.flow import MIN_DEPTH, dense_flow, moving_bodies, point_flow
+from sim.kinds import split_kinds
+
+mujoco = pytest.importorskip("mujoco")
+
+from sim import Simulator  # noqa: E402
+from sim.simulator import STILL  # noqa: E402
+from sim.world import build_world  # noqa: E402
+
+ALL_KINDS = TRAIN_KINDS + HELD_OUT_KINDS
+SIZE = (96, 128)
+
+
+def landing_agreement(frame, truth) -> tuple[np.ndarray, np.ndarray]:
+    """[H, W] masks: point lies on its body at its depth in the next frame; point must be seen.
+
+    The four pixels round a landing point are looked at, as it falls between their centres.
+    """
+    height, width = frame.depth.shape
+    v, u = np.mgrid[0:height, 0:width]
+    u_after = u + truth.flow[..., 0] * width
+    v_after = v + truth.flow[..., 1] * height
+    depth_after = frame.depth + truth.scene_flow[..., 2]
+    inside = (u_after >= 0) & (u_after <= width - 1) & (v_after >= 0) & (v_after <= height - 1)
+    inside &= frame.depth > 0
+    agrees = np.zeros_like(inside)
+    hidden = np.zeros_like(inside)
+    for round_u in (np.floor, np.ceil):
+        for round_v in (np.floor, np.ceil):
+            at = (
+                np.clip(round_v(v_after).astype(int), 0, height - 1),
+                np.clip(round_u(u_after).astype(int), 0, width - 1),
+            )
+            seen = truth.next.depth[at]
+            same_depth = np.abs(seen - depth_after) < 0.02 * depth_after
+            agrees |= same_depth & (truth.next.bodies[at] == frame.bodies)
+            hidden |= (seen > 0) & (seen < 0.99 * depth_after)
+    return agrees & inside, inside & (agrees | ~hidden)
+
+
+@pytest.mark.parametrize("kind", ALL_KINDS)
+def test_moved_points_are_where_the_second_rendering_shows_them(kind):
+    agree = moving_agree = visible = moving_visible = 0
+    for seed in range(4):
+        world = Simulator(kind, seed, SIZE)
+        rng = np.random.default_rng(seed)
+        frame = world.render()
+        for probability in (0.0, 1.0):
+            truth = world.truth(frame, world.sample_future(rng, probability))
+            agrees, seen = landing_agreement(frame, truth)
+            agree += agrees[seen].sum()
+            visible += seen.sum()
+            moving_agree += agrees[seen & truth.moving].sum()
+            moving_visible += (seen & truth.moving).sum()
+    assert visible > 4 * 8000
+    assert agree / visible > 0.99, f"{agree} of {visible}"
+    assert moving_visible > 0
+    assert moving_agree / moving_visible > 0.98, f"{moving_agree} of {moving_visible}"
+
+
+@pytest.mark.parametrize("kind", ALL_KINDS)
+def test_every_kind_builds(kind):
+    for seed in range(20):
+        world = build_world(kind, np.random.default_rng(seed))
+        assert any(part.asset == 0 for part in world.parts)
+        assert world.model.nbody <= 255
+
+
+@pytest.mark.parametrize("kind", ["drawer", "body", "lid"])
+def test_same_seed_gives_the_same_world_picture_and_future(kind):
+    first, second = (Simulator(kind, 7, SIZE) for _ in range(2))
+    a, b = first.render(), second.render()
+    np.testing.assert_array_equal(a.rgb, b.rgb)
+    np.testing.assert_array_equal(a.depth, b.depth)
+    np.testing.assert_array_equal(a.bodies, b.bodies)
+    futures = [w.sample_future(np.random.default_rng(1), 0.5) for w in (first, second)]
+    np.testing.assert_array_equal(futures[0].body_motion, futures[1].body_motion)
+    np.testing.assert_array_equal(futures[0].camera_motion, futures[1].camera_motion)
+    assert not np.array_equal(a.rgb, Simulator(kind, 8, SIZE).render().rgb)
+
+
+def test_worlds_may_take_turns():
+    one = Simulator("knob", 0, SIZE)
+    before = one.render()
+    Simulator("door", 1, (64, 200)).render()
+    one._frame = None  # render again
+    np.testing.assert_array_equal(one.render().rgb, before.rgb)
+
+
+def test_futures_do_not_disturb_the_present_and_stay_in_limits():
+    for kind in ("drawer", "arm", "body"):
+        world = Simulator(kind, 3, SIZE)
+        rng = np.random.default_rng(0)
+        state, pose = world.data.qpos.copy(), world.camera_pose
+        joints = [j for j in range(world.model.njnt) if world.model.jnt_limited[j]]
+        for _ in range(10):
+            future = world.sample_future(rng, 0.5)
+            world.truth(world.render(), future)
+            np.testing.assert_array_equal(world.data.qpos, state)
+            np.testing.assert_allclose(world.camera_pose, pose, atol=1e-12)
+            for j in joints:
+                low, high = world.model.jnt_range[j]
+                assert low - 1e-9 <= future.qpos[world.model.jnt_qposadr[j]] <= high + 1e-9
+            rotation = future.body_motion[:, :3, :3].astype(float)
+            product = rotation @ rotation.transpose(0, 2, 1)
+            np.testing.assert_allclose(
+                product, np.broadcast_to(np.eye(3), product.shape), atol=1e-5
+            )
+            assert future.moving.any() == (future.description != STILL)
+            assert not future.moving[0]
+
+
+def test_futures_of_one_picture_differ_in_part_and_direction():
+    world = Simulator("drawer", 2, SIZE)
+    rng = np.random.default_rng(0)
+    futures = [world.sample_future(rng) for _ in range(40)]
+    assert len({f.description for f in futures}) >= 3
+
+
+def test_after_applying_a_future_the_state_is_its_frame():
+    world = Simulator("door", 4, SIZE)
+    future = world.sample_future(np.random.default_rng(5), 1.0)
+    expected = world.after(future)
+    world.apply(future)
+    np.testing.assert_array_equal(world.render().rgb, expected.rgb)
+
+
+def test_masks_and_frames_have_their_shapes_and_ranges():
+    world = Simulator("turntable", 0, SIZE)
+    frame = world.render()
+    assert (frame.rgb.shape, frame.rgb.dtype) == ((*SIZE, 3), np.uint8)
+    assert (frame.depth.shape, frame.depth.dtype) == (SIZE, np.float32)
+    assert frame.bodies.max() < world.number_of_bodies
+    np.testing.assert_array_equal(frame.intrinsics[:2, 2], [(128 - 1) / 2, (96 - 1) / 2])
+    future = world.sample_future(np.random.default_rng(2))
+    truth = world.truth(frame, future)
+    np.testing.assert_array_equal(truth.moving, future.moving[frame.bodies])
+    assert np.all(truth.flow[~truth.moving] == 0)
+
+
+def test_movable_parts_are_in_view():
+    shares = []
+    for seed in range(10):
+        for kind in TRAIN_KINDS:
+            frame = Simulator(kind, seed, (64, 64)).render()
+            shares.append((frame.bodies > 0).mean())
+    assert np.mean(np.array(shares) >= 0.015) > 0.85
+
+
+def test_kinds_of_the_splits_are_apart():
+    assert not set(TRAIN_KINDS) & set(HELD_OUT_KINDS)
+    assert split_kinds("lid") == HELD_OUT_KINDS
+    with pytest.raises(ValueError, match="unknown kind 'sofa'"):
+        split_kinds("sofa")
+    with pytest.raises(ValueError, match="seed must be non-negative, got -1"):
+        Simulator("door", -1)
+    with pytest.raises(ValueError, match="size must be"):
+        Simulator("door", 0, (0, 10))
+
+
+# True flow without MuJoCo ------------------------------------------------------------------
+
+
+def camera() -> tuple[np.ndarray, np.ndarray]:
+    return np.array([[100.0, 0, 31.5], [0, 100.0, 23.5], [0, 0, 1]]), np.eye(4)
+
+
+def test_flow_of_a_sideways_shift_is_focal_length_over_depth():
+    K, pose = camera()
+    motion = np.tile(np.eye(4), (2, 1, 1))
+    motion[1, :3, 3] = (0.1, -0.2, 0)
+    depth, bodies = np.full((48, 64), 2.0, np.float32), np.zeros((48, 64), np.uint8)
+    bodies[10:20, 10:20] = 1
+    result = dense_flow(depth, bodies, K, pose, motion)
+    assert np.all(result.flow[bodies == 0] == 0)
+    np.testing.assert_allclose(result.flow[15, 15], (5 / 64, -10 / 48), rtol=1e-5)
+    np.testing.assert_allclose(result.scene_flow[15, 15], (0.1, -0.2, 0), atol=1e-6)
+    np.testing.assert_allclose(result.depth, 2.0)
+
+
+def test_points_at_infinity_see_the_cameras_rotation_only():
+    K, pose = camera()
+    still = np.eye(4)[None]
+    xy = np.array([[31.5, 23.5]])
+    zero = np.zeros(1)
+    shift = np.eye(4)
+    shift[:3, 3] = (0.3, 0.1, -0.4)
+    none = point_flow(xy, zero, zero.astype(int), K, (48, 64), pose, still, shift)
+    np.testing.assert_array_equal(none.flow, 0)
+    angle = 0.05
+    turn = np.eye(4)  # about y: the camera looks to the right
+    turn[:3, :3] = [
+        [np.cos(angle), 0, np.sin(angle)],
+        [0, 1, 0],
+        [-np.sin(angle), 0, np.cos(angle)],
+    ]
+    turned = point_flow(xy, zero, zero.astype(int), K, (48, 64), pose, still, turn)
+    np.testing.assert_allclose(turned.flow[0], (-100 * np.tan(angle) / 64, 0), atol=1e-6)
+    assert turned.depth[0] == 0
+    assert np.all(turned.scene_flow == 0)
+
+
+def test_points_behind_the_camera_stay_finite():
+    K, pose = camera()
+    motion = np.tile(np.eye(4), (2, 1, 1))
+    motion[1, 2, 3] = -5
+    result = point_flow(np.array([[3, 4]]), np.ones(1), np.ones(1, int), K, (48, 64), pose, motion)
+    assert np.all(np.isfinite(result.flow))
+    assert result.depth[0] == np.float32(MIN_DEPTH)
+
+
+def test_moving_bodies_marks_rotations_and_shifts():
+    motion = np.tile(np.eye(4), (3, 1, 1))
+    motion[1, 0, 3] = 0.01
+    motion[2, :2, :2] = [[0, -1], [1, 0]]
+    np.testing.assert_array_equal(moving_bodies(motion), [False, True, True])
+
+
+def test_flow_and_reading_need_neither_mujoco_nor_opengl():
+    code = "import sys, sim.flow, sim.dataset; sys.exit('mujoco' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_missing_opengl_names_the_packages(monkeypatch):
+    from sim import rendering
+
+    monkeypatch.delenv("MUJOCO_GL", raising=False)
+    monkeypatch.setattr(rendering.ctypes.util, "find_library", lambda name: None)
+    with pytest.raises(RuntimeError, match="apt-get install libegl1"):
+        rendering.Studio((16, 16))

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: MIT
+"""Shards: round trip, determinism, resuming, checksums, splits."""
+
+import json
+import time
+
+import numpy as np
+import pytest
+
+from sim import HELD_OUT_KINDS, TRAIN_KINDS, dataset
+from sim.dataset import Settings
+
+pytest.importorskip("mujoco")
+
+SMALL = Settings(size=64, futures=3, images_per_world=2, images_per_shard=6)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    out = tmp_path_factory.mktemp("shards")
+    manifest = dataset.write_dataset(out, "train", 12, SMALL)
+    return out, manifest
+
+
+def test_manifest_lists_shards_with_checksums(written):
+    out, manifest = written
+    assert manifest["complete"]
+    assert manifest["images"] == 12
+    assert [r["file"] for r in manifest["shards"]] == ["train-000000.tar", "train-000001.tar"]
+    dataset.verify(out, "train")
+
+
+def test_samples_decode_to_what_the_simulator_made(written):
+    out, _ = written
+    stored = list(dataset.iterate_shard(out / "train-000001.tar"))
+    made = list(dataset.generate("train", 1, SMALL))
+    assert len(stored) == len(made) == 6
+    from sim import Simulator
+
+    sample = stored[0]
+    frame = Simulator(sample.kind, sample.seed, (64, 64)).render()
+    assert np.abs(sample.rgb.astype(int) - frame.rgb).mean() < 4  # JPEG
+    np.testing.assert_array_equal(sample.bodies, frame.bodies)
+    np.testing.assert_allclose(sample.depth, frame.depth, atol=frame.depth.max() / 65535)
+    np.testing.assert_allclose(sample.camera_pose, frame.camera_pose)
+    assert sample.futures == len(sample.body_motion) == 3
+    xy = np.argwhere(sample.bodies >= 0)[:, ::-1]
+    for f in range(sample.futures):
+        result = sample.flow_at(f, xy)
+        still = ~sample.moving[f][sample.bodies[xy[:, 1], xy[:, 0]]]
+        if sample.camera_static[f]:
+            assert np.all(result.flow[still] == 0)
+        assert np.abs(result.flow).max() < 2
+
+
+def test_shards_do_not_depend_on_when_or_where_they_are_made(written, tmp_path):
+    _, manifest = written
+    again = dataset.write_dataset(tmp_path, "train", 12, SMALL, job=(1, 2))
+    assert not again["complete"]
+    assert again["shards"] == manifest["shards"][1:]
+    assert (
+        dataset.write_dataset(tmp_path, "train", 12, SMALL, job=(0, 2))["shards"]
+        == (manifest["shards"])
+    )
+
+
+def test_finished_shards_are_kept_and_missing_ones_made(written):
+    out, manifest = written
+    first, second = (out / r["file"] for r in manifest["shards"])
+    stamp = first.stat().st_mtime_ns
+    second.unlink()
+    assert dataset.write_dataset(out, "train", 12, SMALL) == manifest
+    assert first.stat().st_mtime_ns == stamp
+    assert second.exists()
+
+
+def test_other_settings_in_the_same_place_are_refused(written):
+    out, _ = written
+    with pytest.raises(ValueError, match="choose another --out"):
+        dataset.write_dataset(out, "train", 12, Settings(size=32, images_per_shard=6))
+
+
+def test_damage_is_found(written, tmp_path):
+    out, manifest = written
+    record = manifest["shards"][0]
+    (tmp_path / "manifest-train.json").write_text(json.dumps({"shards": [record]}))
+    data = bytearray((out / record["file"]).read_bytes())
+    data[1000] ^= 1
+    (tmp_path / record["file"]).write_bytes(data)
+    with pytest.raises(ValueError, match="sha256"):
+        dataset.verify(tmp_path, "train")
+
+
+def test_missing_and_broken_members_are_named():
+    members = next(dataset.generate("val", 0, SMALL))
+    with pytest.raises(ValueError, match=r"bodies\.png"):
+        dataset.read_sample({k: v for k, v in members.items() if k != "bodies.png"})
+    with pytest.raises(ValueError, match=r"cannot decode rgb\.jpg"):
+        dataset.read_sample({**members, "rgb.jpg": b"no picture"})
+
+
+def test_splits_hold_their_kinds_and_seeds_only():
+    settings = Settings(size=16, futures=1, images_per_world=1, images_per_shard=12)
+    found = {
+        split: [dataset.read_sample(m) for m in dataset.generate(split, 0, settings)]
+        for split in dataset.SPLITS
+    }
+    assert {s.kind for s in found["train"]} == set(TRAIN_KINDS) == {s.kind for s in found["val"]}
+    assert {s.kind for s in found["held_out"]} == set(HELD_OUT_KINDS)
+    assert not {s.seed for s in found["train"]} & {s.seed for s in found["val"]}
+
+
+def test_bad_arguments_are_named(tmp_path):
+    with pytest.raises(ValueError, match="unknown split 'test'"):
+        dataset.write_dataset(tmp_path, "test", 1)
+    with pytest.raises(ValueError, match="images and workers"):
+        dataset.write_dataset(tmp_path, "train", 0)
+    with pytest.raises(ValueError, match="job must be"):
+        dataset.write_dataset(tmp_path, "train", 1, job=(2, 2))
+
+
+def test_reading_is_quick_enough_to_feed_a_trainer(written):
+    settings = Settings(size=128, images_per_world=2, images_per_shard=2)
+    members = next(dataset.generate("train", 0, settings))
+    durations = []
+    for _ in range(20):
+        start = time.process_time()
+        dataset.read_sample(members)
+        durations.append(time.process_time() - start)
+    assert np.median(durations) < 3e-3  # 0.6 ms on a free core; room for busy machines
