@@ -88,6 +88,7 @@ setup(
         "console_scripts": [
             "fpt = fpt_ros.cli:main",
             "fpt_node = fpt_ros.node:main",
+            "image_publisher = fpt_ros.image_publisher:main",
             "poke_publisher = fpt_ros.poke_publisher:main",
             "sim_camera_node = sim.camera_node:main",
         ],
