@@ -120,16 +120,17 @@ def jitter_colours(
 ) -> NDArray[np.uint8]:
     """Random gamma, saturation, gain, white balance, offset, channel order, blur and noise."""
     s = strength
-    x = image.astype(np.float32) / 255
-    x **= np.exp(rng.uniform(-s, s))
-    grey = x.mean(-1, keepdims=True)
-    x = grey + (x - grey) * rng.uniform(1 - 1.5 * s, 1 + s)
-    x *= rng.uniform(1 - s, 1 + s) * rng.uniform(1 - s / 3, 1 + s / 3, 3).astype(np.float32)
-    x += rng.uniform(-s / 3, s / 3)
+    gamma = np.exp(rng.uniform(-s, s))
+    table = ((np.arange(256) / 255) ** gamma).astype(np.float32)
+    saturation = rng.uniform(1 - 1.5 * s, 1 + s)
+    mix = saturation * np.eye(3) + (1 - saturation) / 3
+    mix *= rng.uniform(1 - s, 1 + s) * rng.uniform(1 - s / 3, 1 + s / 3, (3, 1))
     if rng.random() < 0.2:
-        x = x[..., rng.permutation(3)]
+        mix = mix[rng.permutation(3)]
+    offset = np.full((3, 1), rng.uniform(-s / 3, s / 3))
+    x = cv2.transform(table[image], np.hstack([mix, offset]))
     if rng.random() < 0.3:
-        x = cv2.GaussianBlur(np.ascontiguousarray(x), (0, 0), rng.uniform(0.3, 1.0))
+        x = cv2.GaussianBlur(x, (0, 0), rng.uniform(0.3, 1.0))
     if rng.random() < 0.3:
         x = x + rng.standard_normal(x.shape, np.float32) * rng.uniform(0, 0.05)
     return (np.clip(x, 0, 1) * 255).astype(np.uint8)
