@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from node_harness import ROOT, save_small_model
 
-from fpt_ros.demo import choose_queries, spread_points
+from fpt_ros.demo import DEFAULT_SCENES, choose_queries, spread_points
+from sim.dataset import SPLITS
 
 
 @pytest.fixture(scope="module")
@@ -156,3 +157,10 @@ def test_there_is_always_something_to_ask(value):
     queries = choose_queries(np.full((48, 64), value))
     assert 1 <= len(queries) <= 8
     assert spread_points(np.zeros((48, 64), bool), 5).shape == (0, 2)
+
+
+def test_default_scenes_are_not_training_data():
+    for scene in DEFAULT_SCENES:
+        kind, seed = scene.split(":")
+        assert kind in SPLITS["val"]
+        assert int(seed) % len(SPLITS) == list(SPLITS).index("val")
