@@ -268,7 +268,7 @@ class FptNode(LifecycleNode):
             qos_overriding_options=QoSOverridingOptions.with_default_policies(),
             event_callbacks=PublisherEventCallbacks(
                 incompatible_qos=lambda event: self._warn_qos(topic, "publisher", event),
-                matched=lambda event: self._inbox.wake(),
+                matched=self._on_matched,
             ),
         )
 
@@ -286,6 +286,10 @@ class FptNode(LifecycleNode):
                 incompatible_qos=lambda event: self._warn_qos(topic, "subscription", event)
             ),
         )
+
+    def _on_matched(self, event: Any) -> None:
+        if event.current_count_change > 0:  # a new subscriber need not wait for the next image
+            self._inbox.wake()
 
     def _warn_qos(self, topic: str, entity: str, event: Any) -> None:
         policy = qos_policy_name_from_kind(event.last_policy_kind)
@@ -325,19 +329,19 @@ class FptNode(LifecycleNode):
         # First the image: standing pokes that came with it are meant for it, not the one before.
         if batch.image is not None:
             self._unread = batch.image
-        answer_newest = batch.woken
+        self._waiting += batch.requests  # which must outlast a failure to encode
+        new = None
         if self._unread is not None and self._listened():
             image, self._unread = self._unread, None
-            answer_newest |= self._encode(image)
+            new = self._encode(image)
 
+        answer_newest = batch.woken or new is not None
         named: list[HeldImage] = []
-        requests = self._waiting + batch.requests
-        self._waiting = []
+        requests, self._waiting = self._waiting, []
         for request in requests:
             if _stamp_ns(request.msg.header) == 0:
                 size = self._held[-1].view.size if self._held and self._unread is None else None
-                if self._accept(request.msg, self._standing, size):
-                    answer_newest = True
+                answer_newest |= self._accept(request.msg, self._standing, size)
             elif (held := self._find(request)) is not None and self._accept(
                 request.msg, held.named, held.view.size
             ):
@@ -347,9 +351,11 @@ class FptNode(LifecycleNode):
             newest = held is self._held[-1]
             if held in named or (newest and answer_newest and not self._too_old(held.header)):
                 self._answer(held)
+        if new is not None and _stamp_ns(new.header):
+            self._monitor.time("image to answer", self._age_ms(new.header))
 
-    def _encode(self, msg: Image) -> bool:
-        """Read, encode and hold an image; False when it was refused."""
+    def _encode(self, msg: Image) -> HeldImage | None:
+        """Read, encode and hold an image; None when it was refused."""
         if self._too_old(msg.header):
             self._monitor.count("images dropped: too old")
             if self._monitor.due("old image"):
@@ -358,17 +364,18 @@ class FptNode(LifecycleNode):
                     f"{self._value('max_age_ms'):g}; are the clocks of camera and node the same "
                     "(use_sim_time)?"
                 )
-            return False
+            return None
         try:
             with self._monitor.stage("convert"):
                 pixels = image_to_rgb(msg)
         except ImageError as error:
             self._report("image", str(error))
-            return False
+            return None
         with self._monitor.stage("encode"):
             scene = self._model.encode(pixels)
-        self._held.append(HeldImage(msg.header, View(pixels, scene), Conditions()))
-        return True
+        held = HeldImage(msg.header, View(pixels, scene), Conditions())
+        self._held.append(held)
+        return held
 
     def _accept(
         self, msg: PokeArray | QueryArray, conditions: Conditions, size: tuple[int, int] | None
@@ -393,7 +400,7 @@ class FptNode(LifecycleNode):
     def _find(self, request: Request) -> HeldImage | None:
         """The held image that a request names; without one the request waits or is refused."""
         stamp_ns = _stamp_ns(request.msg.header)
-        for held in self._held:
+        for held in reversed(self._held):  # a bag that loops repeats its stamps
             if _stamp_ns(held.header) == stamp_ns:
                 return held
         newest_ns = _stamp_ns(self._held[-1].header) if self._held else 0
@@ -432,7 +439,6 @@ class FptNode(LifecycleNode):
                 with self._monitor.stage("publish"):
                     publisher.publish(msg)
         self._monitor.count("answers")
-        self._monitor.time("image to answer", self._age_ms(held.header))
 
     def _distribution(self, answer: Answer, header: Header) -> FlowDistribution:
         config = self._model.config

@@ -24,7 +24,7 @@ class Spec:
 
 
 FPT_PARAMETERS: tuple[Spec, ...] = (
-    Spec("autostart", True, "Configure and activate at start-up.", fixed=True),
+    Spec("autostart", True, "Configure and activate at start-up.", read_only=True),
     Spec("model", "fpt-tiny", "Name of a shipped model, or path of a checkpoint.", fixed=True),
     Spec("backend", "torch", "What runs the model: torch.", fixed=True),
     Spec(
@@ -66,7 +66,7 @@ FPT_PARAMETERS: tuple[Spec, ...] = (
     Spec("query_grid_height", 8, "Rows of query points while no queries are sent.", 1, 256),
     Spec("query_grid_width", 8, "Columns of query points while no queries are sent.", 1, 256),
     Spec("max_pokes", 128, "Messages with more pokes than this are refused.", 1, 10000),
-    Spec("diagnostics_period_s", 1.0, "Time between two diagnostics, s.", 0.1, 60.0, fixed=True),
+    Spec("diagnostics_period_s", 1.0, "Time between diagnostics, s.", 0.1, 60.0, read_only=True),
 )
 """Of the FPT node."""
 

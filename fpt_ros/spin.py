@@ -32,10 +32,10 @@ def run(
     from rclpy.executors import ExternalShutdownException
 
     node_class = load_node_class()
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     node = None
     try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         rclpy.init(args=None if args is None else list(args))
         node = node_class()
         rclpy.spin(node)

@@ -94,7 +94,7 @@ class Process:
         """Everything printed so far."""
         return "".join(self.lines)
 
-    def wait_for(self, text: str, timeout_s: float = 30.0) -> None:
+    def wait_for(self, text: str, timeout_s: float = 60.0) -> None:
         """Wait until ``text`` was printed."""
         wait_until(
             lambda: text in self.output,

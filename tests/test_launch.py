@@ -108,7 +108,7 @@ def test_sim_launch_answers_the_suggested_poke(tmp_path: Path) -> None:
         client.subscribe(CameraInfo, "/camera_info")
         client.subscribe(PokeArray, "/pokes")
         client.subscribe(FlowDistribution, "/fpt/distribution")
-        answer = client.next("/fpt/distribution", timeout_s=60.0)
+        answer = client.next("/fpt/distribution", timeout_s=120.0)
         assert (answer.header.frame_id, answer.model_name) == ("camera_optical_frame", "fpt-test")
         poke = client.next("/sim_camera/suggested_poke").pokes[0]
         assert client.next("/pokes").pokes[0].x == poke.x
@@ -140,6 +140,6 @@ def test_fpt_launch_takes_namespace_topic_and_parameters(tmp_path: Path) -> None
         domain, "fpt.launch.py", f"model:={model}", "namespace:=left", "image:=/cam/image_raw"
     )
     with claim, process:
-        process.wait_for("subscribed to /cam/image_raw, /left/pokes, /left/queries", 60.0)
+        process.wait_for("subscribed to /cam/image_raw, /left/pokes, /left/queries", 120.0)
         assert "model fpt-test (MIT, 0.5 s ahead) on torch, cpu, fp32" in process.output
         end(process)

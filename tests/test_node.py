@@ -122,7 +122,7 @@ class User:
                 what in values for values in last for what in received
             )
 
-        wait_until(connected, 30.0, lambda: f"no connection:\n{self.node.output}")
+        wait_until(connected, 60.0, lambda: f"no connection:\n{self.node.output}")
 
     def check_alive(self) -> None:
         """The node gives a right answer for a new image with standing pokes and queries."""
@@ -490,5 +490,5 @@ def test_wrong_parameters_are_named() -> None:
     node = Process(python_module("fpt_ros.node", "-p", "max_age_ms:=soon"), domain)
     with claim, node:
         node.wait_for("max_age_ms")
-        assert node.process.wait(30) == 1
+        assert node.process.wait(60) == 1
     assert "Traceback" not in node.output
