@@ -423,7 +423,7 @@ def door(b: Builder, root: Body) -> Extent:
 
 
 def slider(b: Builder, root: Body) -> Extent:
-    style = b.pick("panels", "panels", "sash", "fader", "carriage", "tray", "beads")
+    style = b.pick("panels", "panels", "sash", "fader", "carriage", "tray", "beads", "button")
     if style == "panels":  # cupboard or window with panels on parallel tracks
         x, z, y = b.uniform(0.3, 0.6), b.uniform(0.2, 0.5), b.uniform(0.04, 0.25)
         wall, thick = b.uniform(0.015, 0.05), b.uniform(0.006, 0.015)
@@ -474,13 +474,11 @@ def slider(b: Builder, root: Body) -> Extent:
         if b.chance(0.5):
             b.box(root, (0.3, y / 2, z), (-x - 0.3, y / 2, z), "wall")
             b.box(root, (0.3, y / 2, z), (x + 0.3, y / 2, z), "wall")
-        half = z / 2
+        half = (z - wall) / 2
         for i in range(2):
-            # The outer pane is fixed in half of the windows.
-            at = (0, -y / 2 + i * 2.5 * thick, half + i * z)
-            span = z - wall
-            if i == 0 or b.chance(0.5):
-                limits = (0, span) if i == 0 else (-span, 0)
+            at = (0, -y / 2 + i * 2.5 * thick, wall + half + 2 * half * i)
+            if i == 0 or b.chance(0.5):  # the upper pane is fixed in half of the windows
+                limits = (0, 2 * half) if i == 0 else (-2 * half, 0)
                 pane = b.slide(root, at, (0, 0, 1), limits, rest=0.4)
             else:
                 pane = b.fixed(root, at)
@@ -490,12 +488,40 @@ def slider(b: Builder, root: Body) -> Extent:
                     pane, (border / 2, thick, half), (s * (x - wall - border / 2), 0, 0), "front", i
                 )
                 b.box(
-                    pane, (x - wall, thick, border / 2), (0, 0, s * (half - border / 2)), "front", i
+                    pane,
+                    (x - wall - border, thick, border / 2),
+                    (0, 0, s * (half - border / 2)),
+                    "front",
+                    i,
                 )
             b.box(pane, (x - wall, thick / 4, half), (0, 0, 0), "glass", i)
             if b.chance(0.6):
                 b.box(pane, (0.05, 0.02, 0.01), (0, -thick - 0.02, -half + border), "handle", i)
         return Extent(x, y, 2 * z)
+    if style == "button":  # push buttons and plungers on a console
+        tilt = b.pick(0.0, b.uniform(0, np.pi / 2), np.pi / 2)
+        count = b.integer(1, 4)
+        x, half, thick = b.uniform(0.2, 0.5), b.uniform(0.15, 0.3), b.uniform(0.03, 0.12)
+        lift = half * np.sin(tilt) + thick
+        plate = b.fixed(root, (0, 0, lift), turn("x", tilt))
+        b.box(plate, (x, half, thick), (0, 0, 0), "panel")
+        radius = min(x / count, half) * b.uniform(0.4, 0.8)
+        for i in range(count):
+            at = ((2 * (i + 0.5) / count - 1) * x, 0, thick)
+            travel = radius * b.uniform(0.2, 1.0)
+            part = b.slide(plate, at, (0, 0, 1), (-travel, 0), rest=0.6)
+            size = radius * b.uniform(0.5, 0.8)
+            stem = travel + 0.02
+            b.cylinder(part, size * 0.7, stem / 2, (0, 0, stem / 2), "z", "stem", i)
+            cap = b.integer(0, 2)
+            if cap == 0:
+                b.cylinder(part, size, size * 0.3, (0, 0, stem + size * 0.3), "z", "cap", i)
+            elif cap == 1:
+                b.ellipsoid(part, (size, size, size * 0.6), (0, 0, stem), "cap", i)
+            else:
+                b.box(part, (size, size, size * 0.3), (0, 0, stem + size * 0.3), "cap", i)
+        depth = half * np.cos(tilt) + thick
+        return Extent(x, depth + 0.1, lift + half * np.sin(tilt) + thick)
     if style == "fader":  # faders on a panel
         tilt = b.uniform(0, 1.57)
         count = b.integer(1, 6)
@@ -887,6 +913,8 @@ def _free_body(b: Builder, index: int, size: float) -> None:
     elif style == "vessel":
         r, h = s * b.uniform(0.35, 0.7), s * b.uniform(0.6, 2)
         b.lathe(body, _vessel(b, r, h), look="free", index=index)
+        if b.chance(0.3):
+            _hand(b, body, r, h)
         b.place_free(r, h, [(upright, 0.0)], False)
     elif style == "mug":
         r, h = s * b.uniform(0.45, 0.7), s * b.uniform(0.9, 1.6)
@@ -898,6 +926,8 @@ def _free_body(b: Builder, index: int, size: float) -> None:
         b.capsule(body, thick, h * 0.25, (r + reach, 0, h * 0.5), "z", "grip", index)
         for z in (0.25, 0.75):
             b.capsule(body, thick, reach / 2, (r + reach / 2, 0, h * z), "x", "grip", index)
+        if b.chance(0.3):
+            _hand(b, body, r, h)
         b.place_free(r + reach, h, [(upright, 0.0)], False)
     elif style == "tee":
         x, y, z = s * b.uniform(0.5, 1), s * b.uniform(0.15, 0.4), s * b.uniform(0.15, 0.4)
@@ -944,13 +974,33 @@ def _free_body(b: Builder, index: int, size: float) -> None:
         b.place_free(x, 2 * t, [(upright, t)], True)
 
 
+def _hand(b: Builder, body: Body, radius: float, height: float) -> None:
+    """A hand that holds a body about the z axis from its +x side: palm, fingers, forearm."""
+    b.hold()
+    thick = b.uniform(0.12, 0.2) * radius
+    level = height * b.uniform(0.35, 0.65)
+    fingers = b.integer(3, 4)
+    for i in range(fingers):
+        at = (0.55 * radius, -radius, level + (i - fingers / 2) * 1.9 * thick)
+        b.capsule(body, thick, 0.55 * radius, at, "x", "hand")
+    b.capsule(body, thick * 1.2, 0.4 * radius, (0.7 * radius, radius, level + thick), "x", "hand")
+    b.ellipsoid(body, (2 * thick, 1.1 * radius, 3.2 * thick), (1.15 * radius, 0, level), "hand")
+    rise = b.uniform(-0.3, 0.9)
+    reach = b.uniform(2, 4) * radius
+    direction = np.array([np.cos(rise), 0, np.sin(rise)])
+    start = np.array([1.2 * radius, 0, level])
+    quat = turn("y", np.pi / 2 - rise)
+    b.capsule(body, 2 * thick, reach / 2, start + direction * reach / 2, quat=quat, look="sleeve")
+
+
 def body(b: Builder, root: Body) -> Extent:
-    """One to six free bodies; `sim.world` lays them out."""
+    """One to six free bodies, at times one in a hand; `Simulator` lays them out."""
     count = b.pick(1, 1, 2, 2, 3, 4, 6)
     size = {1: 0.5, 2: 0.33, 3: 0.28, 4: 0.25, 6: 0.2}[count]
     for i in range(count):
         _free_body(b, 2 * i, size * b.uniform(0.6, 1.1))
-    reach = {1: 0.3, 2: 0.5, 3: 0.55, 4: 0.6, 6: 0.65}[count]
+    radii = np.array([free.radius for free in b.free_bodies]) / b.scale
+    reach = max(1.1 * float(radii.max()), 1.8 * float(np.linalg.norm(radii)))
     return Extent(reach, reach, 2 * size)
 
 

@@ -65,6 +65,7 @@ class Part:
     home: float = 0.0
     rest: float = 0.5
     asset: int = 0
+    held: bool = False  # by a hand: is carried, does not fall
 
     @property
     def free(self) -> bool:
@@ -174,6 +175,11 @@ class Builder:
         self.parts.append(Part(body, joint, asset=self.asset))
         self._contact = _FREE_CONTACT
         return body
+
+    def hold(self) -> None:
+        """Puts the free body begun last into a hand, whose geoms follow and touch nothing."""
+        self.parts[-1].held = True
+        self._contact = _NO_CONTACT
 
     def place_free(
         self, radius: float, height: float, poses: Sequence[tuple[Vector, float]], flat_top: bool

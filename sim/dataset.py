@@ -4,7 +4,7 @@
     python -m sim.dataset --out DIR --split train --images 60000 --size 128 --workers 2
 
 writes DIR/train-000000.tar ... and DIR/manifest-train.json (checksums, settings). A shard depends
-on the split, its index and the settings alone, so shards may be made by any number of workers or
+on the split, its index, the settings and `GENERATOR` alone, so shards may be made by any number of workers or
 jobs (`--shards i:n` makes each n-th one, starting with i); finished ones are kept when the command
 is repeated.
 
@@ -40,6 +40,9 @@ SPLITS: dict[str, tuple[str, ...]] = {
 
 FORMAT = 1
 """Version of the shards' layout, in each manifest."""
+
+GENERATOR = 2
+"""Raised when worlds or futures of the same seed change: shards of two versions do not mix."""
 
 
 # Reading ------------------------------------------------------------------------------------
@@ -232,21 +235,26 @@ def _write_shard(job: tuple[Path, str, int, Settings]) -> int:
             "file": path.name,
             "images": settings.images_per_shard,
             "sha256": sha256(partial),
-            "settings": asdict(settings),
+            **_recipe(settings),
         }
         os.replace(partial, path)
         note.write_text(json.dumps(record))
     return settings.images_per_shard
 
 
+def _recipe(settings: Settings) -> dict[str, Any]:
+    """What makes two shards of the same index equal."""
+    return {"generator": GENERATOR, "settings": asdict(settings)}
+
+
 def _finished(path: Path, note: Path, settings: Settings) -> bool:
     if not (path.exists() and note.exists()):
         return False
-    found = json.loads(note.read_text())["settings"]
-    if found != asdict(settings):
-        raise ValueError(
-            f"{path} was made with {found}, not {asdict(settings)}: choose another --out"
-        )
+    wanted = _recipe(settings)
+    record = json.loads(note.read_text())
+    found = {key: record.get(key) for key in wanted}
+    if found != wanted:
+        raise ValueError(f"{path} was made with {found}, not {wanted}: choose another --out")
     return True
 
 
@@ -260,6 +268,7 @@ def write_manifest(out: Path, split: str, shards: int) -> dict[str, Any]:
         "kinds": SPLITS[split],
         "complete": len(records) == shards,
         "images": sum(r["images"] for r in records),
+        "generator": GENERATOR,
         "settings": records[0]["settings"] if records else None,
         "shards": [{k: r[k] for k in ("file", "images", "sha256")} for r in records],
     }

@@ -16,6 +16,9 @@ from sim.world import BACKDROP, CUBE_TEXTURES, LIGHTS, PLAIN_MATERIALS, PLANE_TE
 HORIZON_S = 1.0
 """Time between a picture and its future."""
 
+SETTLING_S = 0.4
+"""Time that free bodies get to come to rest before a picture: loose stacks fall."""
+
 STILL = "nothing moves"
 """Description of futures without body motion."""
 
@@ -169,7 +172,42 @@ class Simulator:
             else:
                 value = rng.uniform(low, high)
             self.data.qpos[self._qpos_of_part[i]] = np.clip(value, low, high)
-        self._lay_out(rng, list(self._world.free_bodies))
+        if self._world.free_bodies:
+            self._lay_out(rng, self._world.free_bodies)
+            self.data.qpos[:] = self._step(SETTLING_S)
+            for body in self._world.free_bodies:
+                if body.part.held:
+                    self._lift(rng, body)
+
+    def _step(self, duration: float, velocity: NDArray[np.float64] | None = None) -> NDArray:
+        """[nq] state after the physics has run from the present state; what is not free stays."""
+        data = self._scratch
+        mujoco.mj_resetData(self.model, data)
+        data.qpos[:] = self.data.qpos
+        if velocity is not None:
+            data.qvel[:] = velocity
+        mujoco.mj_step(self.model, data, round(duration / self.model.opt.timestep))
+        qpos = data.qpos.copy()
+        for i, part in enumerate(self._world.parts):
+            if not part.free or part.held:
+                here = slice(self._qpos_of_part[i], self._qpos_of_part[i] + (7 if part.free else 1))
+                qpos[here] = self.data.qpos[here]
+        return qpos
+
+    def _lift(self, rng: np.random.Generator, body: FreeBody) -> None:
+        """Takes a held body up from its support, a little tilted."""
+        address = self.model.jnt_qposadr[body.part.joint.id]
+        self.data.qpos[address + 2] += rng.uniform(0, 1) * body.radius
+        tilt = rng.normal(0, 0.25, 3) * np.array([1, 1, 0])
+        self._turn(self.data.qpos[address + 3 : address + 7], tilt)
+
+    @staticmethod
+    def _turn(quat: NDArray[np.float64], vector: NDArray[np.float64]) -> None:
+        """Turns the orientation `quat` in place by a rotation vector of the world."""
+        change, result = np.empty(4), np.empty(4)
+        mujoco.mju_mat2Quat(change, _rotation(vector).ravel())
+        mujoco.mju_mulQuat(result, change, quat)
+        quat[:] = result
 
     def _lay_out(self, rng: np.random.Generator, bodies: list[FreeBody]) -> None:
         """Stands free bodies on the support, now and then one on another, without overlap."""
@@ -188,23 +226,22 @@ class Simulator:
                 taken.append((bases[k][0], bases[k][1], 0.0))
             else:
                 level = 0.0
-                spread = reach
-                for _ in range(60):
-                    xy = origin + rng.uniform(-1, 1, 2) * max(spread - body.radius * 0.5, 0)
+                for _ in range(100):
+                    heading = rng.uniform(-np.pi, np.pi)
+                    far = max(reach - body.radius, 0) * np.sqrt(rng.random())
+                    xy = origin + far * np.array([np.cos(heading), np.sin(heading)])
                     if all(np.linalg.norm(xy - t[0]) > t[1] + body.radius for t in taken):
                         break
-                    spread *= 1.02
-                else:
-                    xy = origin + np.array([0.0, spread + 2 * body.radius * len(taken)])
+                else:  # in front, where nothing else stands
+                    row = reach + sum(2 * t[1] for t in taken) + body.radius
+                    xy = origin - np.array([0.0, row])
             top = level + body.height if body.flat_top and choice == 0 else 0.0
             taken.append((xy, body.radius, top))
             address = self.model.jnt_qposadr[body.part.joint.id]
-            heading = rng.uniform(-np.pi, np.pi)
-            yaw = np.array([np.cos(heading / 2), 0, 0, np.sin(heading / 2)])
-            quat = np.empty(4)
-            mujoco.mju_mulQuat(quat, yaw, np.array(pose.quat))
             self.data.qpos[address : address + 3] = (*xy, level + pose.height)
-            self.data.qpos[address + 3 : address + 7] = quat
+            self.data.qpos[address + 3 : address + 7] = pose.quat
+            yaw = np.array([0, 0, rng.uniform(-np.pi, np.pi)])
+            self._turn(self.data.qpos[address + 3 : address + 7], yaw)
 
     def _randomize_looks(self, rng: np.random.Generator) -> None:
         model = self.model
@@ -420,17 +457,18 @@ class Simulator:
         parts = self._world.parts
         names = []
         qpos = self.data.qpos.copy()
-        pushed = [i for i in chosen if parts[i].free]
+        by_hand = rng.random() < 0.3
+        pushed = [i for i in chosen if parts[i].free and not (by_hand or parts[i].held)]
         if pushed:
-            if rng.random() < 0.7:
-                qpos = self._push(rng, pushed)
-                names += [f"free body {self._body_of_part[i]} is pushed" for i in pushed]
-            else:
-                for i in pushed:
-                    self._carry(rng, i, qpos)
-                    names.append(f"free body {self._body_of_part[i]} is carried")
+            qpos = self._push(rng, pushed)
+            names += [f"free body {self._body_of_part[i]} is pushed" for i in pushed]
         for i in chosen:
-            if not parts[i].free:
+            if i in pushed:
+                continue
+            if parts[i].free:
+                self._carry(rng, i, qpos)
+                names.append(f"free body {self._body_of_part[i]} is carried")
+            else:
                 address = self._qpos_of_part[i]
                 low, high = self._range_of_part[i]
                 qpos[address] = self._next_joint_value(rng, qpos[address], low, high)
@@ -474,7 +512,7 @@ class Simulator:
         model, data = self.model, self._scratch
         mujoco.mj_resetData(model, data)
         data.qpos[:] = self.data.qpos
-        mujoco.mj_forward(model, data)
+        mujoco.mj_forward(model, data)  # inertias for the impulses below
         frame = self.render()
         gravity = float(np.linalg.norm(model.opt.gravity))
         impulse = np.zeros(model.nv)
@@ -491,8 +529,7 @@ class Simulator:
             way = np.exp(rng.uniform(np.log(0.05), np.log(1.5))) * self._world.main_extent.x
             friction = float(model.geom_friction[model.body_geomadr[body], 0])
             speed = np.sqrt(2 * friction * gravity * way)
-            force = np.empty(model.nv)
-            force[:] = 0
+            force = np.zeros(model.nv)
             mass = model.body_mass[body]
             # Pushes through a point between the contact and the centre: few spin on the spot.
             lever = rng.uniform(0, 1)
@@ -503,15 +540,7 @@ class Simulator:
             impulse += force
         change = np.zeros((1, model.nv))
         mujoco.mj_solveM(model, data, change, impulse[None])
-        data.qvel[:] = change[0]
-        steps = round(HORIZON_S / model.opt.timestep)
-        mujoco.mj_step(model, data, steps)
-        qpos = data.qpos.copy()
-        for i, part in enumerate(self._world.parts):  # articulated parts hold still
-            if not part.free:
-                address = self._qpos_of_part[i]
-                qpos[address] = self.data.qpos[address]
-        return qpos
+        return self._step(HORIZON_S, velocity=change[0])
 
     def _carry(self, rng: np.random.Generator, i: int, qpos: NDArray[np.float64]) -> None:
         """Moves a free body as a hand does: along the support, up, turned or tilted."""
@@ -528,12 +557,7 @@ class Simulator:
             turning[:2] = rng.normal(0, 0.6, 2) * size
             shift[2] += 0.3 * float(np.abs(turning[:2]).max()) * self._world.main_extent.x
         qpos[address : address + 3] += shift
-        quat = np.empty(4)
-        matrix = _rotation(turning).ravel()
-        mujoco.mju_mat2Quat(quat, matrix)
-        result = np.empty(4)
-        mujoco.mju_mulQuat(result, quat, qpos[address + 3 : address + 7])
-        qpos[address + 3 : address + 7] = result
+        self._turn(qpos[address + 3 : address + 7], turning)
 
     @staticmethod
     def _unproject(frame: Frame, u: int, v: int) -> NDArray[np.float64]:

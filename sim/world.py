@@ -128,8 +128,9 @@ def _backdrop(
         leg = scale * b.uniform(0.02, 0.05)
         for sx in (-1, 1):
             for sy in (-1, 1):
-                at = (centre[0] + sx * half_x * 0.65, centre[1] + sy * half_y * 0.65, floor / 2)
-                here.box(world, (leg, leg, -floor / 2), at, "legs")
+                low, high = floor, -thick
+                at = (centre[0] + sx * half_x * 0.65, centre[1] + sy * half_y * 0.65)
+                here.box(world, (leg, leg, (high - low) / 2), (*at, (high + low) / 2), "legs")
         radius = min(half_x, half_y)
     flat((0, 0, floor), (1, 0, 0, 0), "floor")
     walled = b.chance(0.7)
@@ -226,7 +227,7 @@ def build_world(kind: str, rng: np.random.Generator) -> World:
         main_centre=placed[0][0],
         main_extent=placed[0][1],
         front=front,
-        support_radius=min(radius, extents[0][2] if kind == "body" else radius),
+        support_radius=min(radius, extents[0][2]),
         walled=walled,
     )
 
