@@ -4,9 +4,9 @@
     python -m sim.dataset --out DIR --split train --images 60000 --size 128 --workers 2
 
 writes DIR/train-000000.tar ... and DIR/manifest-train.json (checksums, settings). A shard depends
-on the split, its index, the settings and `GENERATOR` alone, so shards may be made by any number of workers or
-jobs (`--shards i:n` makes each n-th one, starting with i); finished ones are kept when the command
-is repeated.
+on the split, its index, the settings and `GENERATOR` alone, so shards may be made by any number of
+workers or jobs (`--shards i:n` makes each n-th one, starting with i); finished ones are kept when
+the command is repeated.
 
 An image's members: rgb.jpg, depth.png (uint16, `depth_scale` metres a step, 0 = none), bodies.png
 (uint8), body_motion.npy [F, n, 4, 4], camera_motion.npy [F, 4, 4] and meta.json. Conventions are

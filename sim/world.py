@@ -7,7 +7,8 @@ import mujoco
 import numpy as np
 from numpy.typing import NDArray
 
-from sim.assets import BUILDERS, prop
+from sim.assets import BUILDERS
+from sim.assets.pieces import add_prop
 from sim.builder import (
     COLLISION_ONLY_GROUP,
     MESH_SLOTS,
@@ -159,10 +160,10 @@ def _backdrop(
         y = b.uniform(low_y, high_y) / scale
         z = floor / scale if table and (x * scale > half_x or b.chance(0.2)) else 0.0
         if kind == "body" or b.chance(0.85):
-            prop(here, world, (side * x, y, z), size, 10 + i)
+            add_prop(here, world, (side * x, y, z), size, 10 + i)
         else:
             y = low_y / scale - b.uniform(0.7, 1.2)
-            prop(here, world, (side * x * 0.6, y, floor / scale), 0.1, 10 + i)
+            add_prop(here, world, (side * x * 0.6, y, floor / scale), 0.1, 10 + i)
     return radius, walled
 
 
