@@ -70,6 +70,11 @@ class Inbox:
             self._closed = True
             self._changed.notify_all()
 
+    @property
+    def closed(self) -> bool:
+        """Whether the worker should end."""
+        return self._closed
+
     def take(self, timeout_s: float | None = None) -> Batch | None:
         """Wait until something arrives, or for ``timeout_s``; None when closed."""
         with self._changed:

@@ -434,6 +434,8 @@ class FptNode(LifecycleNode):
             self._report("standing", f"no answer: {error}; send new ones, or an empty array")
             return
         for publisher, build in self._outputs:
+            if self._inbox.closed:  # whoever waits for the end need not wait for all outputs
+                return
             if publisher.get_subscription_count():
                 msg = build(answer, held.header)
                 with self._monitor.stage("publish"):

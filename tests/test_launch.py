@@ -83,11 +83,12 @@ needs_ros2 = pytest.mark.skipif(shutil.which("ros2") is None, reason="needs the 
 
 
 def launch(domain: int, file: str, *arguments: str) -> Process:
-    return Process(["ros2", "launch", str(ROOT / "launch" / file), *arguments], domain)
+    patience = ("sigterm_timeout:=60", "sigkill_timeout:=60")  # of launch, on a loaded machine
+    return Process(["ros2", "launch", str(ROOT / "launch" / file), *arguments, *patience], domain)
 
 
 def end(process: Process) -> None:
-    assert process.interrupt() == 0, process.output
+    assert process.interrupt(timeout_s=90.0) == 0, process.output
     assert "Traceback" not in process.output
     assert "process has died" not in process.output
 
