@@ -5,9 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, Literal
 
 from fpt_model.geometry import Fit
+
+Head = Literal["reference", "scaled"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,9 @@ class FPTConfig:
     # --- head ----------------------------------------------------------------------------------
     flow_dim: int = 2  # 2: (x, y); 3: (x, y, relative depth)
     components: int = 4  # Gaussians of the mixture
+    # how raw outputs become the mixture, see fpt_model.model.mixture_parameters: "reference" is
+    # that of the public implementation, "scaled" keeps raw outputs near 1, which trains faster
+    head: Head = "scaled"
     min_std: float = 1e-4  # image sides, floor of the diagonal of the Cholesky factor
     # --- what the predictions mean -------------------------------------------------------------
     horizon_s: float = 1.0  # s, the fixed time over which the motion is predicted
@@ -58,6 +63,8 @@ class FPTConfig:
         for name in ("min_std", "horizon_s", "kl_threshold", "flow_prescale"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be > 0, received {getattr(self, name)!r}")
+        if self.head not in ("reference", "scaled"):
+            raise ValueError(f'head must be "reference" or "scaled", received {self.head!r}')
         if self.fit not in ("crop", "stretch"):
             raise ValueError(f'fit must be "crop" or "stretch", received {self.fit!r}')
         # lists come from JSON and YAML
@@ -97,5 +104,6 @@ FPT_BASE = FPTConfig(
     depth=12,
     head_dim=64,
     sample_align_corners=True,
+    head="reference",
     licence="CC-BY-NC-4.0",
 )

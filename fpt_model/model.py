@@ -371,8 +371,12 @@ def mixture_parameters(raw: Tensor, config: FPTConfig) -> tuple[Tensor, Tensor, 
     """Raw outputs ``[..., raw_dim]`` to ``log_weights [..., K]``, ``means [..., K, D]`` and
     ``scale_tril [..., K, D, D]``, in float64.
 
-    Layout: K logits; K x D means; K x D(D+1)/2 Cholesky entries, row by row. The diagonal is
-    ``squareplus(z) + min_std`` with ``squareplus(z) = (z + sqrt(z^2 + 4)) / 2``.
+    Layout: K logits; K x D means; K x D(D+1)/2 Cholesky entries, row by row. With the head
+    "reference", means and off-diagonal entries are used as they are and the diagonal is
+    ``squareplus(z) + min_std`` with ``squareplus(z) = (z + sqrt(z^2 + 4)) / 2``. Its tail is so
+    flat that a deviation of 1/250 of the image takes z = -250. With "scaled", means are in tenths
+    of the image, the diagonal is ``softplus(z) / 10 + min_std``, and the off-diagonal entries of a
+    row are relative to its diagonal.
     """
     k, d = config.components, config.flow_dim
     logits, means, entries = raw.double().split([k, k * d, k * d * (d + 1) // 2], dim=-1)
@@ -381,8 +385,14 @@ def mixture_parameters(raw: Tensor, config: FPTConfig) -> tuple[Tensor, Tensor, 
     tril = entries.new_zeros(*entries.shape[:-1], d, d)
     tril[..., rows, cols] = entries
     z = torch.diagonal(tril, dim1=-2, dim2=-1)
-    diagonal = (z + (z.square() + 4).sqrt()) / 2 + config.min_std
-    tril = torch.tril(tril, -1) + torch.diag_embed(diagonal)
+    lower = torch.tril(tril, -1)
+    if config.head == "reference":
+        diagonal = (z + (z.square() + 4).sqrt()) / 2 + config.min_std
+    else:
+        means = means / 10
+        diagonal = F.softplus(z) / 10 + config.min_std
+        lower = lower * diagonal[..., None]
+    tril = lower + torch.diag_embed(diagonal)
     return logits.log_softmax(-1), means.unflatten(-1, (k, d)), tril
 
 

@@ -438,6 +438,7 @@ class TestReferenceParity:
             depth=2,
             head_dim=32,
             sample_align_corners=True,
+            head="reference",
         )
         return from_reference(load_file(REFERENCE / "small_state_dict.safetensors"), config)
 

@@ -20,7 +20,7 @@ class DataConfig:
 
     pokes: int = 12  # nested pokes of an image; group g of queries sees the first g (g < pokes)
     queries_per_group: int = 12
-    target_noise: float = 0.002  # image sides, std of the tracking noise added to all motions
+    target_noise: float = 0.004  # image sides, std of the tracking noise added to all motions
     poke_noise: float = 0.02  # further relative noise of the pokes' motion
     poke_on_moving: float = 0.6  # probability that a poke is placed on something that moves
     query_on_movable: float = 0.5  # share of queries on bodies that some future moves
@@ -41,6 +41,9 @@ class OptimConfig:
     warmup_steps: int = 100
     weight_decay: float = 0.02
     gradient_clip: float = 1.0
+    # probability that a motion is nothing the model could know, e.g. that of a pixel on an edge;
+    # bounds the loss of one point, without it a few confident misses drown all others
+    outlier_share: float = 1e-3
     ema_decay: float = 0.999
     frozen_encoder_stages: int = (
         0  # leading stages of a convolutional encoder that stay as they are

@@ -86,6 +86,15 @@ def set_training_mode(model: FlowPokeTransformer) -> None:
             module.eval()
 
 
+def robust(nll: Tensor, config: RunConfig) -> Tensor:
+    """NLL ``[...]`` under the mixture with an outlier component, uniform over ``[-1, 1]^D``."""
+    share = config.optim.outlier_share
+    if share == 0:
+        return nll
+    outlier = math.log(share) - config.model.flow_dim * math.log(2)
+    return -torch.logaddexp(math.log1p(-share) - nll, torch.full_like(nll, outlier))
+
+
 class Trainer:
     """One run: owns model, moving average, optimiser and the files in ``out``."""
 
@@ -206,9 +215,8 @@ class Trainer:
         """Mean NLL in nats of the supervised queries."""
         raw = self._forward(self.forward, batch)
         known = ~batch.query_flow.isnan().any(-1)
-        return negative_log_likelihood(
-            raw[known], batch.query_flow[known], self.config.model
-        ).mean()
+        nll = negative_log_likelihood(raw[known], batch.query_flow[known], self.config.model)
+        return robust(nll, self.config).mean()
 
     @torch.no_grad()
     def _validate(self, writer: SummaryWriter) -> None:
@@ -216,7 +224,9 @@ class Trainer:
         sums: dict[str, list[Tensor]] = {}
         for batch in self.validation:
             raw = self._forward(self.average, batch)
-            nll = negative_log_likelihood(raw, batch.query_flow, self.config.model)
+            nll = robust(
+                negative_log_likelihood(raw, batch.query_flow, self.config.model), self.config
+            )
             log_weights, means, _ = mixture_parameters(raw, self.config.model)
             mean = (log_weights.exp()[..., None] * means).sum(-2)
             error = (mean - batch.query_flow).norm(dim=-1)
