@@ -12,7 +12,7 @@ import sys
 import time
 import xml.etree.ElementTree as ET
 from importlib.machinery import SourceFileLoader
-from importlib.metadata import entry_points, version
+from importlib.metadata import EntryPoint, entry_points, version
 from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 from types import ModuleType
@@ -29,7 +29,7 @@ from fpt_ros import environment
 
 ROOT = Path(__file__).resolve().parents[1]
 DEPENDENCY_TAGS = ("depend", "build_depend", "buildtool_depend", "exec_depend", "test_depend")
-EXECUTABLES = ("fpt", "fpt_node", "poke_publisher", "sim_camera_node")
+SCRIPTS = [e for e in entry_points(group="console_scripts") if e.dist and e.dist.name == "fpt_ros"]
 
 
 def xml_dependencies(package_xml: Path) -> set[str]:
@@ -190,12 +190,11 @@ def test_shared_files_are_installed_and_current(folder: str) -> None:
         assert installed.read_bytes() == source.read_bytes(), f"{source.name}: run tools/bootstrap"
 
 
-@pytest.mark.parametrize("name", EXECUTABLES)
-def test_executables_are_where_ros2_looks(name: str) -> None:
-    executable = Path(get_package_prefix("fpt_ros"), "lib", "fpt_ros", name)
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
+def test_executables_are_where_ros2_looks(script: EntryPoint) -> None:
+    executable = Path(get_package_prefix("fpt_ros"), "lib", "fpt_ros", script.name)
     assert os.access(executable, os.X_OK)
-    (entry_point,) = entry_points(group="console_scripts", name=name)
-    assert callable(entry_point.load())
+    assert callable(script.load())
 
 
 def test_an_executable_runs() -> None:
