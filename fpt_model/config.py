@@ -24,6 +24,9 @@ class FPTConfig:
     image_mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of RGB in [0, 1]
     image_std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     fit: Fit = "crop"  # how a non-square image becomes square, see fpt_model.geometry
+    # cross-attention memory: the feature map averaged over squares of this side, in cells. Above 1
+    # what is at a point is seen sharper than what is elsewhere.
+    memory_pooling: int = 1
     # --- poke transformer ----------------------------------------------------------------------
     width: int = 192  # channels of a token
     depth: int = 4  # layers
@@ -48,7 +51,10 @@ class FPTConfig:
     licence: str = "MIT"  # SPDX identifier of the weights
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "width", "depth", "head_dim", "ffn_expand", "components"):
+        for name in (
+            *("image_size", "memory_pooling", "width", "depth", "head_dim"),
+            *("ffn_expand", "components"),
+        ):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be an integer >= 1, received {value!r}")

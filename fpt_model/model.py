@@ -288,14 +288,15 @@ class FlowPokeTransformer(nn.Module):
     def encode(self, image: Tensor) -> ImageFeatures:
         """``[B, 3, S, S]`` in [-1, 1] to features and all layers' cross-attention memory."""
         feat = self.encoder(image)
-        h, w = feat.shape[-2:]
+        memory = F.avg_pool2d(feat, self.config.memory_pooling)
+        h, w = memory.shape[-2:]
         x, y = torch.meshgrid(
             (torch.arange(w, device=feat.device) + 0.5) / w,
             (torch.arange(h, device=feat.device) + 0.5) / h,
             indexing="xy",
         )
         angles = self.rope(torch.stack([x, y], -1).view(1, -1, 2))
-        tokens = feat.flatten(2).transpose(1, 2)
+        tokens = memory.flatten(2).transpose(1, 2)
         return ImageFeatures(feat, [layer.image_memory(tokens, angles) for layer in self.layers])
 
     def encode_pokes(
@@ -354,15 +355,22 @@ class FlowPokeTransformer(nn.Module):
         poke_flow: Tensor,
         query_pos: Tensor,
         camera_static: Tensor,
+        visible: Tensor | None = None,
     ) -> Tensor:
-        """Training: ``query_pos [B, G, n, 2]`` with group g seeing the first g pokes.
+        """Training: ``query_pos [B, G, n, 2]``, group g seeing the first ``visible[g]`` pokes.
 
-        Returns raw outputs ``[B, G, n, raw_dim]``.
+        ``visible [G]`` None is the paper's 0, 1, 2, ... Returns ``[B, G, n, raw_dim]``.
         """
         groups, n = query_pos.shape[1:3]
-        visible = torch.arange(groups, device=image.device).repeat_interleave(n)
+        if visible is None:
+            visible = torch.arange(groups, device=image.device)
         raw = self.forward_raw(
-            self.encode(image), poke_pos, poke_flow, query_pos.flatten(1, 2), camera_static, visible
+            self.encode(image),
+            poke_pos,
+            poke_flow,
+            query_pos.flatten(1, 2),
+            camera_static,
+            visible.repeat_interleave(n),
         )
         return raw.unflatten(1, (groups, n))
 

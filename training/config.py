@@ -18,7 +18,9 @@ from fpt_model import FPTConfig
 class DataConfig:
     """How stored simulation samples become training examples."""
 
-    pokes: int = 12  # nested pokes of an image; group g of queries sees the first g (g < pokes)
+    # a group of queries for each entry, which sees that many of the image's pokes; few pokes are
+    # both the harder task and the one users have, so they get the more queries
+    visible_pokes: tuple[int, ...] = (0, 1, 1, 1, 1, 2, 2, 3, 4, 6, 10, 16)
     queries_per_group: int = 12
     target_noise: float = 0.004  # image sides, std of the tracking noise added to all motions
     poke_noise: float = 0.02  # further relative noise of the pokes' motion
@@ -28,6 +30,16 @@ class DataConfig:
     min_crop: float = 0.6  # fraction of the image's side, each axis by itself (aspect ratios)
     flip: float = 0.5  # probability of mirroring left and right
     colour: float = 0.4  # strength of colour jitter
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "visible_pokes", tuple(self.visible_pokes))
+        if not self.visible_pokes or min(self.visible_pokes) < 0:
+            raise ValueError(f"visible_pokes must be counts >= 0, received {self.visible_pokes}")
+
+    @property
+    def pokes(self) -> int:
+        """Pokes of an image."""
+        return max(self.visible_pokes)
 
 
 @dataclass(frozen=True)
@@ -70,7 +82,9 @@ class RunConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The inverse of :meth:`from_dict`."""
-        return dataclasses.asdict(self)
+        values = dataclasses.asdict(self)
+        values["data"]["visible_pokes"] = list(self.data.visible_pokes)
+        return values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> RunConfig:

@@ -63,7 +63,7 @@ class Example(NamedTuple):
     image: Tensor  # uint8 [3, S, S]
     poke_pos: Tensor  # [P, 2]
     poke_flow: Tensor  # [P, D]
-    query_pos: Tensor  # [G, n, 2]; G = P, group g sees the first g pokes
+    query_pos: Tensor  # [G, n, 2]; group g sees the first visible_pokes[g] pokes
     query_flow: Tensor  # [G, n, D]; NaN: not supervised
     camera_static: Tensor  # bool []
 
@@ -154,7 +154,7 @@ def make_example(
     moving = np.flatnonzero(window & sample.moving[future][sample.bodies])
     movable = np.flatnonzero(window & sample.moving.any(0)[sample.bodies])
 
-    count, groups = config.pokes, config.pokes
+    count, groups = config.pokes, len(config.visible_pokes)
     n = groups * config.queries_per_group
     pokes = _pick(count, moving, anywhere, config.poke_on_moving, rng)
     queries = _pick(n, movable, anywhere, config.query_on_movable, rng)

@@ -110,6 +110,7 @@ class Trainer:
         self.forward = torch.compile(self.model) if optim.compile else self.model
         self.average = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.optimiser = torch.optim.AdamW(parameter_groups(self.model, optim), betas=(0.9, 0.99))
+        self.visible = torch.tensor(config.data.visible_pokes)
         self.step = 0
         self.cpu_seconds = 0.0
         self.train_shards = Shards(data, "train")
@@ -208,7 +209,12 @@ class Trainer:
         bf16 = self.config.optim.precision == "bf16"
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             return model(
-                image, batch.poke_pos, batch.poke_flow, batch.query_pos, batch.camera_static
+                image,
+                batch.poke_pos,
+                batch.poke_flow,
+                batch.query_pos,
+                batch.camera_static,
+                self.visible,
             ).float()
 
     def _loss(self, batch: Example) -> Tensor:
@@ -231,9 +237,10 @@ class Trainer:
             mean = (log_weights.exp()[..., None] * means).sum(-2)
             error = (mean - batch.query_flow).norm(dim=-1)
             still = batch.query_flow.norm(dim=-1)
-            for group in (0, 1, 2, nll.shape[1] - 1):
+            for pokes in set(self.config.data.visible_pokes):
+                group = self.visible == pokes
                 for name, value in (("nll", nll), ("epe", error), ("no_motion_epe", still)):
-                    sums.setdefault(f"{name}/{group}_pokes", []).append(value[:, group].flatten())
+                    sums.setdefault(f"{name}/{pokes}_pokes", []).append(value[:, group].flatten())
         figures = {key: torch.cat(values).nanmean().item() for key, values in sums.items()}
         for key, value in figures.items():
             writer.add_scalar(f"val_{key}", value, self.step)
