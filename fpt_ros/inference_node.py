@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from diagnostic_msgs.msg import DiagnosticArray
+from lifecycle_msgs.srv import ChangeState
 from numpy.typing import NDArray
 from rcl_interfaces.msg import SetParametersResult
 from rclpy.clock import Clock
@@ -86,6 +87,8 @@ class FptNode(LifecycleNode):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__("fpt", **kwargs)
+        self._unchecked_change_state = self._service_change_state.callback
+        self._service_change_state.callback = self._change_state
         declare_parameters(self, FPT_PARAMETERS)
         self.add_on_set_parameters_callback(self._check_parameters)
         self._monitor = Monitor()
@@ -122,8 +125,15 @@ class FptNode(LifecycleNode):
         started = time.perf_counter()
         try:
             self._predictor = self._load_predictor()
-        except Exception as error:  # whatever a file or a device can cause
-            text = f"cannot load model {self._value('model')!r}: {type(error).__name__}: {error}"
+            self._create_topics()
+        except Exception as error:  # whatever a file, a device or a name can cause
+            self._release()
+            if not self.context.ok():  # told to end meanwhile, which is no mistake
+                return Transition.FAILURE
+            text = (
+                f"cannot configure with model {self._value('model')!r}: "
+                f"{type(error).__name__}: {error}"
+            )
             self._monitor.fail(text)
             self.get_logger().error(
                 f"{text}. Set the parameters and configure again "
@@ -132,7 +142,6 @@ class FptNode(LifecycleNode):
             return Transition.FAILURE
         self._monitor.fail("")
         self._held = deque(maxlen=self._value("scene_history"))
-        self._create_topics()
         config = self._predictor.config
         self.get_logger().info(
             f"model {config.name} ({config.licence}, {config.horizon_s:g} s ahead) on "
@@ -172,6 +181,24 @@ class FptNode(LifecycleNode):
         """Back to unconfigured."""
         self._release()
         return super().on_error(state)
+
+    def _change_state(
+        self, request: ChangeState.Request, response: ChangeState.Response
+    ) -> ChangeState.Response:
+        """Refuse an impossible transition, which rclpy answers by ending the node.
+
+        rclpy itself refuses an impossible label; a label goes before the id.
+        """
+        possible = {t[0]: t[1] for t in self._state_machine.available_transitions}
+        if request.transition.label or request.transition.id in possible:
+            return self._unchecked_change_state(request, response)
+        expected = ", ".join(f"{number} ({label})" for number, label in possible.items())
+        self.get_logger().error(
+            f"transition {request.transition.id} is impossible in state "
+            f"{self._state_machine.current_state[1]!r}, expected one of: {expected or 'none'}"
+        )
+        response.success = False
+        return response
 
     def _start(self) -> None:
         assert self._autostart is not None
@@ -253,11 +280,12 @@ class FptNode(LifecycleNode):
             "overlay": image("rgb8", lambda answer: answer.overlay),
         }.items():
             self._outputs.append((self._create_output(msg_type, name), build))
-        self._inputs = [
-            self._create_input(Image, "image", _IMAGE_QOS, self._on_image),
-            self._create_input(PokeArray, "pokes", _COMMAND_QOS, self._on_request),
-            self._create_input(QueryArray, "queries", _COMMAND_QOS, self._on_request),
-        ]
+        for msg_type, name, qos, callback in (
+            (Image, "image", _IMAGE_QOS, self._on_image),
+            (PokeArray, "pokes", _COMMAND_QOS, self._on_request),
+            (QueryArray, "queries", _COMMAND_QOS, self._on_request),
+        ):  # one by one, so that a failure leaves none behind
+            self._inputs.append(self._create_input(msg_type, name, qos, callback))
 
     def _create_output(self, msg_type: type, name: str) -> LifecyclePublisher:
         topic = self.resolve_topic_name(f"~/{name}")

@@ -452,11 +452,13 @@ def test_lifecycle_and_laziness(model: Path) -> None:
             return client.call(SetParameters, "/left/fpt/set_parameters", request).results[0]
 
         assert not change(Transition.TRANSITION_CONFIGURE)
-        node.wait_for("cannot load model 'absent'")
+        node.wait_for("cannot configure with model 'absent'")
         failed = client.next(
             "/diagnostics", lambda m: m.status[0].level == DiagnosticStatus.ERROR
         ).status[0]
         assert "absent" in failed.message
+        assert not change(Transition.TRANSITION_ACTIVATE)  # impossible yet, and survived
+        node.wait_for("transition 3 is impossible in state 'unconfigured', expected one of: 1")
         assert set_model().successful
         assert change(Transition.TRANSITION_CONFIGURE)
         refused = set_model()
