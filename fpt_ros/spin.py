@@ -30,22 +30,28 @@ def run(
     import rclpy
     from rclpy.exceptions import ParameterException
     from rclpy.executors import ExternalShutdownException
+    from rclpy.impl.implementation_singleton import rclpy_implementation
 
+    mistakes = (ParameterException, ValueError, rclpy_implementation.RCLError)
     node_class = load_node_class()
-    node = None
+    node, initialised = None, False
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         rclpy.init(args=None if args is None else list(args))
+        initialised = True
         node = node_class()
         rclpy.spin(node)
     except (KeyboardInterrupt, ExternalShutdownException):
         pass
-    except (ParameterException, ValueError) as error:
-        if node is not None:
-            raise  # not about the start: a defect, whose traceback is wanted
-        print(f"cannot start: {error}", file=sys.stderr)
-        return 1
+    except Exception as error:
+        if initialised and not rclpy.ok():
+            pass  # a signal has ended ROS under what was running, which then failed
+        elif node is None and isinstance(error, mistakes):
+            print(f"cannot start: {' '.join(str(error).split())}", file=sys.stderr)
+            return 1
+        else:
+            raise
     finally:
         # Impatient further signals must not break the clean-up.
         for received in (signal.SIGINT, signal.SIGTERM):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -493,4 +494,48 @@ def test_wrong_parameters_are_named() -> None:
     with claim, node:
         node.wait_for("max_age_ms")
         assert node.process.wait(60) == 1
+    assert "Traceback" not in node.output
+
+
+def test_malformed_ros_arguments_are_one_line() -> None:
+    domain, claim = claim_domain_id()
+    node = Process(python_module("fpt_ros.poke_publisher", "-p", "rate_hz"), domain)
+    with claim, node:
+        node.wait_for("cannot start: ")
+        assert node.process.wait(60) == 1
+    assert "rate_hz" in node.output
+    assert "Traceback" not in node.output
+
+
+BUSY_NODE = """
+import sys, time
+from rclpy.node import Node
+from std_msgs.msg import Header
+from fpt_ros.spin import run
+
+class Busy(Node):
+    def __init__(self):
+        super().__init__("busy")
+        {}
+
+    def work(self):
+        print("working", flush=True)
+        time.sleep(1.0)
+        self.create_publisher(Header, "header", 1)  # which fails without ROS
+
+sys.exit(run(lambda: Busy))
+"""
+
+
+@pytest.mark.parametrize(
+    "begin", ["self.work()", "self.create_timer(0.0, self.work)"],
+    ids=["start", "callback"],
+)  # fmt: skip
+def test_sigterm_amid_work_ends_quietly(begin: str) -> None:
+    domain, claim = claim_domain_id()
+    node = Process([sys.executable, "-c", BUSY_NODE.format(begin)], domain)
+    with claim, node:
+        node.wait_for("working")
+        node.process.terminate()
+        assert node.process.wait(30) == 0, node.output
     assert "Traceback" not in node.output
