@@ -17,8 +17,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -73,6 +73,26 @@ def say(text: str) -> None:
 # ---------------------------------------------------------------------------------- processes
 
 
+@contextmanager
+def signals_deferred() -> Iterator[None]:
+    """Signals that would end the demo are acted on after the body.
+
+    By handlers of ours and not by a mask, which child processes would inherit.
+    """
+    received: list[int] = []
+    previous = {
+        number: signal.signal(number, lambda number, _: received.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        for number in received:
+            signal.raise_signal(number)
+
+
 class Child:
     """A node in a process group of its own, which logs to a file; a context manager."""
 
@@ -100,7 +120,7 @@ class Child:
             os.killpg(self._process.pid, signal.SIGINT)
         try:
             self._process.wait(STOP_TIMEOUT_S)
-        except (subprocess.TimeoutExpired, KeyboardInterrupt):
+        except subprocess.TimeoutExpired:
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
 
@@ -114,6 +134,19 @@ class Child:
         """The end of what the process wrote."""
         tail = self.log.read_text(errors="replace").splitlines()[-lines:]
         return "\n".join([f"--- {self.log}", *tail])
+
+
+class Children(ExitStack):
+    """Child processes of which none is forgotten, whenever a signal comes."""
+
+    def start(self, make: Callable[[], Child]) -> Child:
+        """Start a child, which ends with this context."""
+        with signals_deferred():
+            return self.enter_context(make())
+
+    def __exit__(self, *details: Any) -> bool:
+        with signals_deferred():
+            return super().__exit__(*details)
 
 
 # ---------------------------------------------------------------------------------- collector
@@ -168,6 +201,10 @@ class Collector:
         self.latencies_ms: list[float] = []  # of complete images, from stamp to last answer
         if queries is not None:
             self._publisher.publish(queries_to_msg(queries, Header()))
+
+    def node_hears_pokes(self) -> bool:
+        """Whether somebody besides this collector subscribes to the pokes."""
+        return self.node.count_subscribers("pokes") >= 2
 
     def has_timed_enough(self) -> bool:
         """Whether TIMED_ANSWERS have come, or as many as TIMED_S allows."""
@@ -312,16 +349,18 @@ def picture_scene(path: Path, pokes: Sequence[str], folder: Path) -> Scene:
 def observe(scene: Scene, collector: Collector, fpt: Child, logs: Path) -> Shot:
     """Start the scene's camera and poke publisher, and collect what the FPT node answers."""
     collector.start_over()
-    with ExitStack() as stack:
+    with Children() as children:
         say("  starting the camera and the poke publisher")
-        camera = stack.enter_context(scene.camera(logs))
-        publisher = stack.enter_context(
-            Child("poke_publisher", "fpt_ros.poke_publisher", logs, pokes=scene.pokes)
+        camera = children.start(partial(scene.camera, logs))
+        publisher = children.start(
+            partial(Child, "poke_publisher", "fpt_ros.poke_publisher", logs, pokes=scene.pokes)
         )
         wait = partial(collector.wait, children=[camera, publisher, fpt])
         wait("an image", lambda: collector.counts["image"] > 0)
-        # Pokes are repeated: when the second message comes, the node has the first.
-        wait("the poke", lambda: len(collector.pokes) >= 2)
+        wait("the node to subscribe", collector.node_hears_pokes)
+        # The publisher may get to know the node later than we do; it repeats the pokes, though.
+        collector.pokes.clear()
+        wait("the poke", lambda: len(collector.pokes) >= 3)
         collector.accept_from_now()
         say("  poked; waiting for the answer")
         wait("the answer about an image", lambda: bool(collector.latest))
@@ -422,14 +461,14 @@ def print_summary(scenes: Sequence[Scene], shots: Sequence[Shot]) -> None:
 
 def run_demo(scenes: Sequence[Scene], model: str, out: Path, logs: Path) -> None:
     """Observe all scenes and write the picture. Raises DemoError."""
-    with ExitStack() as stack:
+    with Children() as children:
         context = Context()
         rclpy.init(context=context)
-        stack.callback(rclpy.try_shutdown, context=context)
+        children.callback(rclpy.try_shutdown, context=context)
         collector = Collector(context, all(scene.with_truth for scene in scenes))
-        stack.callback(collector.close)
+        children.callback(collector.close)
         say(f"starting the FPT node with the model {model}")
-        fpt = stack.enter_context(Child("fpt", "fpt_ros.node", logs, model=model))
+        fpt = children.start(partial(Child, "fpt", "fpt_ros.node", logs, model=model))
         shots = []
         for number, scene in enumerate(scenes, start=1):
             say(f"scene {number} of {len(scenes)}: {scene.title}")
@@ -468,9 +507,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
 
     os.environ.update(environment.defaults())
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     logs = options.out.parent / "logs"
     with ExitStack() as stack:
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+                before = signal.signal(number, lambda number, _: sys.exit(128 + number))
+                stack.callback(signal.signal, number, before)
         if "ROS_DOMAIN_ID" not in os.environ:
             domain, claim = environment.claim_domain_id()
             stack.callback(claim.close)

@@ -43,15 +43,17 @@ def run(*arguments: object) -> tuple[int, str, str]:
     return process.returncode, output, errors
 
 
-def processes_that_mention(text: str) -> list[str]:
-    """Command lines of running processes, by Linux's /proc."""
-    lines = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
+def processes_that_log_below(folder: Path) -> list[str]:
+    """Ids of running processes whose standard output is a file there, by Linux's /proc."""
+    found = []
+    for output in Path("/proc").glob("[0-9]*/fd/1"):
         try:
-            lines.append(path.read_bytes().replace(b"\0", b" ").decode(errors="replace"))
-        except OSError:  # ended meanwhile
+            below = output.readlink().is_relative_to(folder)
+        except OSError:  # ended meanwhile, or another user's
             continue
-    return [line for line in lines if text in line]
+        if below:
+            found.append(output.parts[2])
+    return found
 
 
 def test_simulated_scene(model, tmp_path):
@@ -73,7 +75,7 @@ def test_simulated_scene(model, tmp_path):
     picture = cv2.imread(str(out))
     assert picture.shape[1] > 3 * 480  # three panels of 480 x 360 px
     assert picture.std() > 20
-    assert not processes_that_mention(str(model))
+    assert not processes_that_log_below(tmp_path / "logs")
     for name in ("fpt", "sim_camera", "poke_publisher"):
         log = (tmp_path / "logs" / f"{name}.log").read_text()
         assert "Traceback" not in log, log
@@ -96,18 +98,19 @@ def test_own_large_picture(model, tmp_path):
     assert cv2.imread(str(out)).shape[1] > 2 * 640
 
 
-def test_interrupted_demo_ends_its_nodes(model, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_interrupted_demo_ends_its_nodes(model, tmp_path, number):
     process = start("--scene", "drawer:6", "--model", model, "--out", tmp_path / "overlay.png")
     try:
         deadline = time.monotonic() + 60
-        while len(processes_that_mention(str(model))) < 2:  # the demo and its FPT node
+        while len(processes_that_log_below(tmp_path / "logs")) < 3:
             assert time.monotonic() < deadline
-            time.sleep(0.1)
+            time.sleep(0.05)
     finally:
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(number)
         process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM
-    assert not processes_that_mention(str(model))
+    assert process.returncode == 128 + number
+    assert not processes_that_log_below(tmp_path / "logs")
 
 
 def test_node_that_dies_is_named_with_its_log(model, tmp_path):
