@@ -32,7 +32,7 @@ from rclpy.event_handler import PublisherEventCallbacks, SubscriptionEventCallba
 from rclpy.lifecycle import LifecycleNode, LifecyclePublisher, LifecycleState
 from rclpy.lifecycle import TransitionCallbackReturn as Transition
 from rclpy.parameter import Parameter
-from rclpy.qos import QoSProfile, ReliabilityPolicy, qos_policy_name_from_kind
+from rclpy.qos import QoSPolicyKind, QoSProfile, ReliabilityPolicy, qos_policy_name_from_kind
 from rclpy.qos_overriding_options import QoSOverridingOptions
 from rclpy.subscription import Subscription
 from rclpy.timer import Timer
@@ -61,6 +61,14 @@ _IMAGE_QOS = QoSProfile(depth=1, reliability=ReliabilityPolicy.BEST_EFFORT)
 # A lost command is lost for good, and commanders publish reliably by default.
 _COMMAND_QOS = QoSProfile(depth=10, reliability=ReliabilityPolicy.RELIABLE)
 _OUTPUT_QOS = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE)
+
+_OVERRIDABLE = (
+    QoSPolicyKind.HISTORY,
+    QoSPolicyKind.DEPTH,
+    QoSPolicyKind.RELIABILITY,
+    QoSPolicyKind.DURABILITY,
+)
+"""Policies of each topic that parameters can change."""
 
 _FIXED = frozenset(spec.name for spec in FPT_PARAMETERS if spec.fixed)
 
@@ -293,7 +301,7 @@ class FptNode(LifecycleNode):
             msg_type,
             f"~/{name}",
             copy(_OUTPUT_QOS),
-            qos_overriding_options=QoSOverridingOptions.with_default_policies(),
+            qos_overriding_options=QoSOverridingOptions(_OVERRIDABLE),
             event_callbacks=PublisherEventCallbacks(
                 incompatible_qos=lambda event: self._warn_qos(topic, "publisher", event),
                 matched=self._on_matched,
@@ -309,32 +317,40 @@ class FptNode(LifecycleNode):
             name,
             callback,
             copy(qos),
-            qos_overriding_options=QoSOverridingOptions.with_default_policies(),
+            qos_overriding_options=QoSOverridingOptions(_OVERRIDABLE),
             event_callbacks=SubscriptionEventCallbacks(
                 incompatible_qos=lambda event: self._warn_qos(topic, "subscription", event)
             ),
         )
 
     def _on_matched(self, event: Any) -> None:
-        if event.current_count_change > 0:  # a new subscriber need not wait for the next image
+        if (
+            self._worker is not None and event.current_count_change > 0
+        ):  # a new subscriber need not wait for the next image
             self._inbox.wake()
 
     def _warn_qos(self, topic: str, entity: str, event: Any) -> None:
         policy = qos_policy_name_from_kind(event.last_policy_kind)
         other = "subscriber" if entity == "publisher" else "publisher"
         self._monitor.error("qos", f"incompatible {policy} on {topic}")
+        advice = "Change it there"
+        parameter = f"qos_overrides.{topic}.{entity}.{policy.lower()}"
+        if self.has_parameter(parameter):
+            advice += f", or here by the parameter {parameter} at start"
         self.get_logger().warning(
-            f"a {other} of {topic} has incompatible QoS, no message will pass: {policy}. "
-            f"Change it there, or here by the parameter "
-            f"qos_overrides.{topic}.{entity}.{policy.lower()}"
+            f"a {other} of {topic} has incompatible QoS, no message will pass: {policy}. {advice}"
         )
 
     def _on_image(self, msg: Image) -> None:
+        if self._worker is None:
+            return
         self._monitor.image_received()
         if self._inbox.put_image(msg):
             self._monitor.count("images dropped: newer came first")
 
     def _on_request(self, msg: PokeArray | QueryArray) -> None:
+        if self._worker is None:
+            return
         self._monitor.count(f"{_kind(msg)} received")
         if self._inbox.put_request(msg):
             self._report(

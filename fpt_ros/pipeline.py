@@ -99,18 +99,18 @@ class Answer:
     @cached_property
     def flow(self) -> NDArray[np.float32]:
         """The expected motion ``[h, w, 2]``, px."""
-        with self._stage("dense"):
-            flow = displacement_normalised_to_pixels(self._dense.mean(), self.view.size)
-            return self._resized(flow.reshape(*self._settings.dense_size, 2))
+        flow = displacement_normalised_to_pixels(self._dense.mean(), self.view.size)
+        return self._resized(flow.reshape(*self._settings.dense_size, 2))
 
     @cached_property
     def influence(self) -> NDArray[np.float32]:
         """How much the pokes change what is known of each point's motion ``[h, w]``, nats."""
-        with self._stage("dense"):
+        dense = self._dense  # a stage of its own
+        with self._stage("influence"):
             return self._resized(
                 self._predictor.influence_of(
                     self.view.scene,
-                    self._dense,
+                    dense,
                     self._settings.dense_size,
                     self._settings.camera_static,
                 )
@@ -153,7 +153,8 @@ class Answer:
 
     @cached_property
     def _dense(self) -> FlowMixture:
-        return self._predict(grid(self._settings.dense_size))
+        with self._stage("dense"):
+            return self._predict(grid(self._settings.dense_size))
 
     def _predict(self, positions: NDArray[np.float64]) -> FlowMixture:
         return self._predictor.predict(
