@@ -134,7 +134,8 @@ class Client:
         self.node = rclpy.create_node(name, context=self._context)
         self._executor = SingleThreadedExecutor(context=self._context)
         self._executor.add_node(self.node)
-        self._thread = threading.Thread(target=self._executor.spin, daemon=True)
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._spin, daemon=True)
         self._thread.start()
         self.received: dict[str, list[Any]] = {}
         self._publishers: dict[str, Any] = {}
@@ -143,10 +144,15 @@ class Client:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._closing.set()  # nothing may be destroyed under a thread that waits on it
+        self._thread.join()
         self._executor.shutdown()
         self.node.destroy_node()
         rclpy.shutdown(context=self._context)
-        self._thread.join(5.0)
+
+    def _spin(self) -> None:
+        while not self._closing.is_set():
+            self._executor.spin_once(timeout_sec=0.1)
 
     def subscribe(self, msg_type: type, topic: str, qos: QoSProfile | int = 10) -> None:
         """Collect the topic's messages in ``received``."""
