@@ -34,8 +34,13 @@ from rclpy.time import Time
 from sensor_msgs.msg import Image
 from std_msgs.msg import Header
 
-from fpt_model.checkpoint import resolve_model
-from fpt_model.geometry import inside_image
+from fpt_model.checkpoint import CheckpointError, load_model
+from fpt_model.geometry import (
+    displacement_normalised_to_pixels,
+    displacement_pixels_to_normalised,
+    normalised_to_pixels,
+    pixels_to_normalised,
+)
 from fpt_model.mixture import FlowMixture
 from fpt_model.visualize import RGBImage, draw_overlay, legend, side_by_side
 from fpt_msgs.msg import FlowDistribution, PokeArray, QueryArray
@@ -44,7 +49,7 @@ from fpt_ros.commands.arguments import UserError, parse_poke
 from fpt_ros.commands.media import read_picture
 from fpt_ros.images import image_to_array
 from fpt_ros.messages import distribution_from_msg, pokes_from_msg, queries_to_msg
-from fpt_ros.pokes import Pokes
+from fpt_ros.pokes import Pokes, RequestError, check_inside
 
 DEFAULT_SCENES = ("drawer:4", "door:10", "body:13")  # never trained on: seeds of the "val" split
 SCENE_SIZE = (480, 640)  # (height, width) of simulated images, px
@@ -89,8 +94,8 @@ def signals_deferred() -> Iterator[None]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-        for number in received:
-            signal.raise_signal(number)
+        for late in received:
+            signal.raise_signal(late)
 
 
 class Child:
@@ -144,7 +149,7 @@ class Children(ExitStack):
         with signals_deferred():
             return self.enter_context(make())
 
-    def __exit__(self, *details: Any) -> bool:
+    def __exit__(self, *details: Any) -> bool | None:
         with signals_deferred():
             return super().__exit__(*details)
 
@@ -327,18 +332,21 @@ def picture_scene(path: Path, pokes: Sequence[str], folder: Path) -> Scene:
     picture = read_picture(path)
     height, width = picture.shape[:2]
     values = np.array([parse_poke(text) for text in pokes])
-    for x, y, _, _ in values[~inside_image(values[:, :2], (height, width))]:
-        raise UserError(
-            f"poke at {x:g},{y:g} px is outside of {path}, which has {width} x {height} px"
-        )
+    try:
+        check_inside("poke", values[:, :2], (height, width))
+    except RequestError as error:
+        raise UserError(f"{path}: {error}") from error
     shrink = min(1.0, MAX_PICTURE_SIDE / max(height, width))
     if shrink < 1:
         size = (round(shrink * width), round(shrink * height))
         picture = cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
         say(f"the picture is reduced to {size[0]} x {size[1]} px, and the poke with it")
-        factors = np.array(size) / (width, height)
-        values[:, :2] = (values[:, :2] + 0.5) * factors - 0.5
-        values[:, 2:] *= factors
+        values[:, :2] = normalised_to_pixels(
+            pixels_to_normalised(values[:, :2], (height, width)), size[::-1]
+        )
+        values[:, 2:] = displacement_normalised_to_pixels(
+            displacement_pixels_to_normalised(values[:, 2:], (height, width)), size[::-1]
+        )
     copy = folder / "picture.png"
     cv2.imwrite(str(copy), picture[..., ::-1])
     camera = partial(Child, "image_publisher", "fpt_ros.image_publisher", file=str(copy))
@@ -518,7 +526,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stack.callback(claim.close)
             os.environ["ROS_DOMAIN_ID"] = str(domain)
         try:
-            resolve_model(options.model)
+            load_model(options.model)  # only to refuse a bad one before anything is started
             if options.image:
                 folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
                 pokes = [poke for text in options.poke for poke in text.split()]
@@ -530,8 +538,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             logs.mkdir(parents=True, exist_ok=True)
             say(f"ROS domain {os.environ['ROS_DOMAIN_ID']}; the nodes' logs are in {logs}")
             run_demo(scenes, options.model, options.out, logs)
-        except (UserError, FileNotFoundError) as error:
-            print(f"demo: error: {error}", file=sys.stderr)
+        except (UserError, FileNotFoundError, CheckpointError) as error:
+            print(f"demo: error: {' '.join(str(error).split())}", file=sys.stderr)
             return 2
         except DemoError as error:
             print(f"demo: failed: {error}", file=sys.stderr)

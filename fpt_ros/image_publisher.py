@@ -29,7 +29,10 @@ class ImagePublisher(Node):
     def __init__(self) -> None:
         super().__init__("image_publisher")
         declare_parameters(self, _PARAMETERS)
-        path = Path(self.get_parameter("file").value)
+        file = self.get_parameter("file").value
+        if not file:
+            raise ValueError("the parameter file is empty, expected the path of a picture")
+        path = Path(file)
         header = Header(frame_id=self.get_parameter("frame_id").value)
         self._msg = array_to_image(read_picture(path), "rgb8", header)
         self._publisher = self.create_publisher(Image, "image", 1)

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from node_harness import ROOT, save_small_model
 
-from fpt_ros.demo import DEFAULT_SCENES, choose_queries, spread_points
+from fpt_ros.demo import DEFAULT_SCENES, choose_queries, main, spread_points
 from sim.dataset import SPLITS
 
 
@@ -34,12 +34,18 @@ def start(*arguments: object) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
 
 
 def run(*arguments: object) -> tuple[int, str, str]:
     process = start(*arguments)
-    output, errors = process.communicate(timeout=240)
+    try:
+        output, errors = process.communicate(timeout=240)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGTERM)
+        output, errors = process.communicate(timeout=60)
+        pytest.fail(f"the demo did not end:\n{output}{errors}")
     return process.returncode, output, errors
 
 
@@ -132,17 +138,24 @@ def test_node_that_dies_is_named_with_its_log(model, tmp_path):
         (["--image", "{}/box.png", "--poke", "40,2,3,4"], "32 x 24 px"),
         (["--image", "{}/none.png", "--poke", "1,2,3,4"], "none.png"),
         (["--model", "no-model"], "no-model"),
+        (["--model", "{}/box.png"], "checkpoint"),
     ],
 )
-def test_a_users_mistake_is_one_line_and_exit_2(model, tmp_path, arguments, named):
+def test_a_users_mistake_is_one_line_and_exit_2(model, tmp_path, capsys, arguments, named):
     cv2.imwrite(str(tmp_path / "box.png"), np.zeros((24, 32, 3), np.uint8))
     given = [argument.format(tmp_path) for argument in arguments]
     with_model = [] if "--model" in given else ["--model", model]
-    code, output, errors = run(*given, *with_model, "--out", tmp_path / "demo" / "o.png")
-    assert code == 2
+    out = tmp_path / "demo" / "o.png"
+    assert main([*given, *map(str, with_model), "--out", str(out)]) == 2
+    output, errors = capsys.readouterr()
     assert output == ""
     assert errors.count("\n") == 1, errors
     assert named in errors
+
+
+def test_a_mistake_ends_the_process_with_code_2(model):
+    code, _, errors = run("--scene", "drawer", "--model", model)
+    assert (code, errors.count("\n")) == (2, 1)
 
 
 def test_spread_points_lie_inside_and_apart():
