@@ -112,12 +112,6 @@ def flow_to_color(flow: ArrayLike, max_magnitude: float | None = None) -> RGBIma
     return np.floor(colour).astype(np.uint8)
 
 
-def mask_to_color(mask: ArrayLike) -> RGBImage:
-    """Draw a boolean mask [h, w] as white on black, uint8 RGB [h, w, 3]."""
-    grey = np.where(np.asarray(mask, dtype=bool), 255, 0).astype(np.uint8)
-    return np.repeat(grey[..., None], 3, axis=2)
-
-
 def resize(picture: RGBImage, size: tuple[int, int]) -> RGBImage:
     """A resampled copy of an RGB picture, ``size`` = (height, width)."""
     height, width = size

@@ -12,17 +12,9 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from fpt_model.visualize import flow_to_color
 from sim.kinds import HELD_OUT_KINDS, TRAIN_KINDS
 from sim.simulator import Simulator
-
-
-def flow_colours(flow: NDArray[np.floating]) -> NDArray[np.uint8]:
-    """[H, W, 3] RGB of a flow [H, W, 2]: hue is the direction, saturation the relative length."""
-    length = np.linalg.norm(flow, axis=-1)
-    hue = (np.degrees(np.arctan2(flow[..., 1], flow[..., 0])) / 2) % 180
-    full = max(float(length.max()), 1e-9)
-    hsv = np.stack([hue, 255 * length / full, np.full_like(length, 255)], -1)
-    return cv2.cvtColor(hsv.astype(np.uint8), cv2.COLOR_HSV2RGB)
 
 
 def sheet(kind: str, seeds: range, size: int = 160, columns: int = 2) -> NDArray[np.uint8]:
@@ -35,7 +27,7 @@ def sheet(kind: str, seeds: range, size: int = 160, columns: int = 2) -> NDArray
         frame = world.render()
         future = world.sample_future(np.random.default_rng(seed), 0.1)
         truth = world.truth(frame, future)
-        colours = flow_colours(truth.flow)
+        colours = flow_to_color(truth.flow)
         strongest = float(np.linalg.norm(truth.flow, axis=-1).max())
         cv2.putText(colours, f"{strongest:.2f}", (2, 12), 0, 0.4, (0, 0, 0))
         row = [frame.rgb, colours, truth.next.rgb, palette[frame.bodies]]

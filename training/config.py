@@ -57,9 +57,7 @@ class OptimConfig:
     # bounds the loss of one point, without it a few confident misses drown all others
     outlier_share: float = 1e-3
     ema_decay: float = 0.999
-    frozen_encoder_stages: int = (
-        0  # leading stages of a convolutional encoder that stay as they are
-    )
+    frozen_encoder_stages: int = 0  # leading stages of a convolutional encoder left as they are
     pretrained_encoder: bool = False  # start from ImageNet weights, see training.pretrained
     precision: str = "bf16"  # "fp32" or "bf16" (autocast)
     compile: bool = False  # torch.compile: a minute at the start, then about a fifth faster
@@ -82,9 +80,7 @@ class RunConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The inverse of :meth:`from_dict`."""
-        values = dataclasses.asdict(self)
-        values["data"]["visible_pokes"] = list(self.data.visible_pokes)
-        return values
+        return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> RunConfig:
