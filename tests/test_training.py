@@ -2,6 +2,7 @@
 """Training data, trainer and evaluation, on a few images that the simulation really made."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,9 @@ import pytest
 import torch
 
 from fpt_model import FlowPredictor, load_model
-from fpt_model.geometry import grid
-from sim.dataset import Settings, write_dataset
+from fpt_model.encoder import preprocess
+from fpt_model.geometry import grid, normalised_to_pixels
+from sim.dataset import GENERATOR, Settings, write_dataset
 from training import evaluate, train
 from training.config import DataConfig, RunConfig
 from training.data import Crop, ExampleDataset, Shards, make_example, random_crop
@@ -27,7 +29,12 @@ CONFIG = RunConfig.from_dict(
             "head_dim": 16,
             "fit": "stretch",
         },
-        "data": {"visible_pokes": [0, 1, 3], "queries_per_group": 4},
+        "data": {
+            "visible_pokes": [0, 1, 3],
+            "queries_per_group": 4,
+            "futures_per_image": 2,
+            "segment_points": 5,
+        },
         "optim": {
             "batch_size": 4,
             "steps": 4,
@@ -63,47 +70,159 @@ def test_an_epoch_shows_every_image_once(data: Path) -> None:
     assert sorted(dataset._order) == list(range(12))
 
 
-def test_examples_carry_the_true_motion(data: Path) -> None:
-    """Whatever the crop, an example's pokes and queries move as the stored sample says."""
+@pytest.mark.parametrize("futures", [1, 3, 11])
+def test_examples_carry_the_true_motion(data: Path, futures: int) -> None:
+    """Whatever the crop, an example's points move, and belong, as the stored sample says."""
     shards = Shards(data, "train")
-    exact = DataConfig(target_noise=0, poke_noise=0, queries_per_group=4)
-    checked = 0
+    exact = DataConfig(
+        target_noise=0,
+        poke_noise=0,
+        queries_per_group=4,
+        futures_per_image=futures,
+        segment_points=10,
+        quarter_turn=0.5,
+    )
+    checked, turns = 0, set()
     for index in range(len(shards)):
         sample = shards[index]
         seed = [0, index]
         example = make_example(sample, 32, exact, np.random.default_rng(seed))
         rng = np.random.default_rng(seed)  # the same draws again
-        future = int(rng.integers(sample.futures))
         crop = random_crop(sample.rgb.shape[:2], exact, rng)
-        for pos, flow in (
-            (example.poke_pos, example.poke_flow),
-            (example.query_pos.flatten(0, 1), example.query_flow.flatten(0, 1)),
-        ):
-            x = pos.double().numpy()
+        turns.add(crop.turns)
+        shown = rng.choice(sample.futures, futures, replace=futures > sample.futures)
+        assert futures > sample.futures or len(set(shown)) == futures
+
+        def stored_pixels(pos: torch.Tensor, crop: Crop = crop) -> np.ndarray:
+            x, y = pos.double().numpy().T
+            for _ in range(crop.turns):
+                x, y = 1 - y, x  # a quarter turn back
             if crop.flip:
-                x[:, 0] = 1 - x[:, 0]
-            xy = x * [crop.width, crop.height] + [crop.left, crop.top] - 0.5
+                x = 1 - x
+            xy = np.stack([x * crop.width + crop.left, y * crop.height + crop.top], -1) - 0.5
             assert np.abs(xy - xy.round()).max() < 1e-3, "positions are pixel centres"
-            true = sample.flow_at(future, xy.round().astype(int)).flow
-            true = true * [64 / crop.width, 64 / crop.height]
-            if crop.flip:
-                true[:, 0] *= -1
-            known = ~flow.isnan().any(-1).numpy()
-            assert np.abs(flow.numpy()[known] - np.clip(true, -1, 1)[known]).max() < 1e-5
-            checked += int((np.abs(true) > 1e-3).any(-1).sum())
+            return xy.round().astype(int)
+
+        for f, future in enumerate(shown):
+            for pos, flow in (
+                (example.poke_pos[f], example.poke_flow[f]),
+                (example.query_pos[f].flatten(0, 1), example.query_flow[f].flatten(0, 1)),
+            ):
+                true = sample.flow_at(int(future), stored_pixels(pos)).flow
+                dx, dy = (true * [64 / crop.width, 64 / crop.height]).T
+                if crop.flip:
+                    dx = -dx
+                for _ in range(crop.turns):
+                    dx, dy = dy, -dx
+                known = ~flow.isnan().any(-1).numpy()
+                expected = np.clip(np.stack([dx, dy], -1), -1, 1)
+                assert np.abs(flow.numpy()[known] - expected[known]).max() < 1e-5
+                checked += int((np.abs(true) > 1e-3).any(-1).sum())
+        u, v = stored_pixels(example.segment_pos).T
+        assert np.array_equal(example.segment_body.numpy(), sample.bodies[v, u])
     assert checked > 50, "the samples show motion"
+    assert len(turns) > 1
 
 
-def test_crops_move_pictures_and_points_alike() -> None:
-    picture = np.zeros((64, 64, 3), np.uint8)
-    picture[40:44, 20:24] = 255
-    for flip in (False, True):
-        crop = Crop(left=8, top=16, width=48, height=32, flip=flip)
-        shown = crop.image(picture, 96)[..., 0].astype(float)
-        rows, cols = np.nonzero(shown > 127)
-        centre = np.array([(cols.mean() + 0.5) / 96, (rows.mean() + 0.5) / 96])
-        corners = crop.positions(np.array([[20, 40], [23, 43]]))
-        assert np.abs(corners.mean(0) - centre).max() < 0.01
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("turns", range(4))
+def test_crops_move_pictures_and_points_alike(flip: bool, turns: int) -> None:
+    """A pixel's colour, and what lies at the end of its motion, are found at its new place."""
+    rng = np.random.default_rng(0)
+    picture = rng.integers(0, 256, (40, 40, 3), np.uint8)
+    crop = Crop(left=3, top=5, width=32, height=32, flip=flip, turns=turns)
+    shown = crop.image(picture, 32)  # of its own size: exact
+
+    def colours(positions: np.ndarray) -> np.ndarray:
+        u, v = normalised_to_pixels(positions, (32, 32)).round().astype(int).T
+        return shown[v, u]
+
+    start, end = rng.integers([3, 5], [35, 37], (2, 50, 2))
+    assert np.array_equal(colours(crop.positions(start)), picture[start[:, 1], start[:, 0]])
+    moved = crop.positions(start) + crop.displacements((end - start) / 40, (40, 40))
+    assert np.array_equal(colours(moved), picture[end[:, 1], end[:, 0]])
+
+
+def test_turned_crops_are_those_of_the_turned_picture() -> None:
+    rng = np.random.default_rng(0)
+    picture = rng.integers(0, 256, (48, 48, 3), np.uint8)
+    for turns in range(4):
+        crop = Crop(left=0, top=0, width=48, height=48, flip=True, turns=turns)
+        changed = np.ascontiguousarray(np.rot90(picture[:, ::-1], turns))
+        assert np.array_equal(crop.image(picture, 48), changed)
+        small = Crop(0, 0, 48, 48).image(changed, 32).astype(int)
+        assert np.abs(crop.image(picture, 32) - small).max() <= 1, "rounding"
+
+
+def test_crops_are_resized_as_images_are_for_inference() -> None:
+    picture = np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8)
+    seen = preprocess(picture, CONFIG.model)[0].permute(1, 2, 0).numpy()
+    crop = Crop(0, 0, 80, 60).image(picture, CONFIG.model.image_size)
+    assert np.abs(crop / 127.5 - 1 - seen).max() <= 0.5 / 127.5 + 1e-6, "but for rounding to uint8"
+
+
+def test_looks_change_nothing_else(data: Path) -> None:
+    plain = dict.fromkeys(("colour", "light", "blur", "downscale", "noise", "jpeg"), 0.0)
+    sample = Shards(data, "train")[0]
+    drab, bright = (
+        make_example(sample, 64, config, np.random.default_rng(4))
+        for config in (
+            DataConfig(**plain),
+            DataConfig(colour=0.4, light=1, blur=1, downscale=1, noise=1, jpeg=1),
+        )
+    )
+    for name, value in drab._asdict().items():
+        same = torch.equal(torch.nan_to_num(value), torch.nan_to_num(getattr(bright, name)))
+        assert same == (name != "image"), name
+    crop = random_crop((64, 64), DataConfig(), np.random.default_rng(4))
+    difference = drab.image.permute(1, 2, 0).numpy() - crop.image(sample.rgb, 64).astype(int)
+    assert np.abs(difference).max() <= 1, "without augmentation it is the picture"
+
+
+def test_queries_do_not_favour_what_moves(data: Path) -> None:
+    """Over bodies they are spread like the bodies' pixels, however many futures move one."""
+    shards = Shards(data, "train")
+    config = DataConfig(queries_per_group=50, query_on_bodies=1, min_crop=1, flip=0, quarter_turn=0)
+    for index in range(4):
+        sample = shards[index]
+        share = np.bincount(sample.bodies[sample.bodies > 0]) / (sample.bodies > 0).sum()
+        found = np.zeros_like(share)
+        for seed in range(20):
+            example = make_example(sample, 32, config, np.random.default_rng(seed))
+            x, y = normalised_to_pixels(example.query_pos.flatten(0, 2), (64, 64)).round().T
+            found += np.bincount(sample.bodies[y.astype(int), x.astype(int)], minlength=len(share))
+        assert found[0] == 0
+        assert np.abs(found / found.sum() - share).max() < 0.03
+
+
+def test_pokes_prefer_what_moves_only_in_informed_examples(data: Path) -> None:
+    sample = Shards(data, "train")[1]
+    area = sample.moving[:, sample.bodies].mean((1, 2))  # [F] share of pixels that move
+    expected = {0.0: area.mean(), 1.0: (area > 0).mean()}
+    for informed, share in expected.items():
+        config = DataConfig(
+            informed=informed, poke_on_moving=1, poke_noise=0, target_noise=0, min_crop=1
+        )
+        examples = (
+            make_example(sample, 32, config, np.random.default_rng(seed)) for seed in range(200)
+        )
+        still = np.concatenate([(e.poke_flow == 0).all(-1).flatten() for e in examples])
+        camera = sample.camera_static.mean()
+        assert np.abs((1 - still.mean()) - (share * camera + 1 - camera)) < 0.07
+
+
+def test_shards_know_their_origin(data: Path, tmp_path: Path) -> None:
+    shards = Shards(data, "train")
+    assert shards.generator == GENERATOR
+    assert shards.worlds == len({shards[i].seed for i in range(12)}) == 3
+    for file in data.glob("train-*"):
+        shutil.copy(file, tmp_path)
+    assert len(Shards(tmp_path, "train")) == 12, "still being made"
+    assert Shards(tmp_path, "train").generator is None
+    shutil.copy(data / "manifest-train.json", tmp_path)
+    (tmp_path / "train-000000.tar").rename(tmp_path / "train-000007.tar")
+    with pytest.raises(ValueError, match=r"missing \['train-000000.*not listed \['train-000007"):
+        Shards(tmp_path, "train")
 
 
 def parameters(out: Path) -> dict[str, torch.Tensor]:
@@ -199,6 +318,7 @@ def test_a_perfect_prediction_scores_perfectly(data: Path) -> None:
     [
         ({"modle": {}}, "modle"),
         ({"data": {"poke": 3}}, "poke"),
+        ({"data": {"futures_per_image": 0}}, "futures_per_image must be >= 1"),
         ({"optim": {"precision": "fp8"}}, "fp8"),
     ],
 )

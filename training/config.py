@@ -22,19 +22,41 @@ class DataConfig:
     # both the harder task and the one users have, so they get the more queries
     visible_pokes: tuple[int, ...] = (0, 1, 1, 1, 1, 2, 2, 3, 4, 6, 10, 16)
     queries_per_group: int = 12
+    futures_per_image: int = 1  # of one crop, encoded once: encoding dominates a step's cost
+    segment_points: int = 0  # points whose rigid body is told, for an auxiliary loss
+    # motions
     target_noise: float = 0.004  # image sides, std of the tracking noise added to all motions
     poke_noise: float = 0.02  # further relative noise of the pokes' motion
-    poke_on_moving: float = 0.6  # probability that a poke is placed on something that moves
-    query_on_movable: float = 0.5  # share of queries on bodies that some future moves
     hide_static_flag: float = 0.1  # probability that a static camera is given as unknown
-    min_crop: float = 0.6  # fraction of the image's side, each axis by itself (aspect ratios)
+    # where pokes and queries lie
+    informed: float = (
+        0.85  # share of examples whose pokes prefer what moves; else they fall anywhere
+    )
+    poke_on_moving: float = 0.6  # in those, probability that a poke is placed on what moves
+    query_on_bodies: float = 0.5  # share of queries on bodies, rather than anywhere in the image
+    # views
+    min_crop: float = 0.5  # fraction of the image's side, each axis by itself (aspect ratios)
     flip: float = 0.5  # probability of mirroring left and right
+    quarter_turn: float = 0.2  # probability of a turn by 90, 180 or 270 degrees
+    # looks
     colour: float = 0.4  # strength of colour jitter
+    light: float = 0.3  # probabilities: uneven light or a shadow,
+    blur: float = 0.3  # a little defocus,
+    downscale: float = 0.15  # fewer pixels, down to half,
+    noise: float = 0.3  # sensor noise,
+    jpeg: float = 0.3  # compression
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "visible_pokes", tuple(self.visible_pokes))
         if not self.visible_pokes or min(self.visible_pokes) < 0:
             raise ValueError(f"visible_pokes must be counts >= 0, received {self.visible_pokes}")
+        for name, least in (
+            ("queries_per_group", 1),
+            ("futures_per_image", 1),
+            ("segment_points", 0),
+        ):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be >= {least}, received {getattr(self, name)}")
 
     @property
     def pokes(self) -> int:

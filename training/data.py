@@ -7,12 +7,15 @@ resumed run sees exactly what an uninterrupted one would have seen.
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -21,19 +24,33 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from fpt_model.encoder import resize_square
+from fpt_model.geometry import (
+    displacement_normalised_to_pixels,
+    displacement_pixels_to_normalised,
+    pixels_to_normalised,
+)
 from sim.dataset import StoredSample, read_sample
 from training.config import DataConfig, RunConfig
+
+log = logging.getLogger("training")
 
 _MAX_FLOW = 1.0  # image sides; motions beyond (points that pass the camera) are not supervised
 
 
 class Shards:
-    """Random access to the samples of all WebDataset shards of a split, in a fixed order."""
+    """Random access to the samples of all WebDataset shards of a split, in a fixed order.
+
+    Raises FileNotFoundError if there are none, ValueError naming the files if those present are not
+    those of the split's manifest. Without a manifest (the shards are still being made) the shards
+    present are taken as they are.
+    """
 
     def __init__(self, folder: str | os.PathLike[str], split: str) -> None:
         self.files = sorted(Path(folder).glob(f"{split}-*.tar"))
         if not self.files:
             raise FileNotFoundError(f"no shards {split}-*.tar in {folder}")
+        self.manifest = self._read_manifest(Path(folder) / f"manifest-{split}.json")
         # (file, {extension: (offset, size)}) of each sample
         self._samples: list[tuple[int, dict[str, tuple[int, int]]]] = []
         for number, file in enumerate(self.files):
@@ -44,64 +61,108 @@ class Shards:
                     parts.setdefault(key, {})[extension] = (member.offset_data, member.size)
             self._samples += [(number, entry) for entry in parts.values()]
 
+    def _read_manifest(self, path: Path) -> dict[str, Any]:
+        if not path.is_file():
+            log.warning("no %s: taking the %d shards that are there", path, len(self.files))
+            return {}
+        manifest = json.loads(path.read_text())
+        listed, found = {s["file"] for s in manifest["shards"]}, {f.name for f in self.files}
+        if listed != found:
+            raise ValueError(
+                f"the shards beside {path} are not those it lists: missing "
+                f"{sorted(listed - found)}, not listed {sorted(found - listed)}"
+            )
+        if not manifest["complete"]:
+            log.warning("%s is not complete: it lists %d shards", path, len(listed))
+        return manifest
+
+    @property
+    def generator(self) -> int | None:
+        """Version of the simulation that made the shards; None if the manifest does not say."""
+        return self.manifest.get("generator")
+
+    @cached_property
+    def worlds(self) -> int:
+        """Number of distinct worlds; several images, with other looks, show the same one."""
+        metas = (json.loads(self._read(i, "meta.json")) for i in range(len(self)))
+        return len({(meta["kind"], meta["seed"]) for meta in metas})
+
+    def _read(self, index: int, extension: str) -> bytes:
+        number, entry = self._samples[index]
+        offset, size = entry[extension]
+        with open(self.files[number], "rb") as file:
+            file.seek(offset)
+            return file.read(size)
+
     def __len__(self) -> int:
         return len(self._samples)
 
     def __getitem__(self, index: int) -> StoredSample:
-        number, entry = self._samples[index]
-        with open(self.files[number], "rb") as file:
-            parts = {}
-            for extension, (offset, size) in entry.items():
-                file.seek(offset)
-                parts[extension] = file.read(size)
-        return read_sample(parts)
+        _, entry = self._samples[index]
+        return read_sample({extension: self._read(index, extension) for extension in entry})
 
 
 class Example(NamedTuple):
-    """One image with nested pokes and queries, in model coordinates (or a batch of them)."""
+    """One image with F futures of nested pokes and queries, in model coordinates.
+
+    Batches have a leading axis B everywhere.
+    """
 
     image: Tensor  # uint8 [3, S, S]
-    poke_pos: Tensor  # [P, 2]
-    poke_flow: Tensor  # [P, D]
-    query_pos: Tensor  # [G, n, 2]; group g sees the first visible_pokes[g] pokes
-    query_flow: Tensor  # [G, n, D]; NaN: not supervised
-    camera_static: Tensor  # bool []
+    poke_pos: Tensor  # [F, P, 2]
+    poke_flow: Tensor  # [F, P, D]
+    query_pos: Tensor  # [F, G, n, 2]; group g sees the first visible_pokes[g] pokes of its future
+    query_flow: Tensor  # [F, G, n, D]; NaN: not supervised
+    camera_static: Tensor  # bool [F]
+    segment_pos: Tensor  # [M, 2]: points of the image whose body is told
+    segment_body: Tensor  # int64 [M]: the rigid body at each, 0 is the static world
 
 
 @dataclass(frozen=True)
 class Crop:
-    """A rectangle of the stored image, in px, that is stretched to the model's square input."""
+    """A rectangle of the stored image, in px, that is stretched to the model's square input.
+
+    ``flip`` mirrors left and right; then come ``turns`` quarter turns counterclockwise.
+    """
 
     left: int
     top: int
     width: int
     height: int
     flip: bool = False
+    turns: int = 0
+
+    @property
+    def box(self) -> tuple[slice, slice]:
+        """The rectangle as an index into the stored image."""
+        rows = slice(self.top, self.top + self.height)
+        return rows, slice(self.left, self.left + self.width)
 
     def image(self, rgb: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
-        """``[H, W, 3]`` to ``[side, side, 3]``."""
-        region = rgb[self.top : self.top + self.height, self.left : self.left + self.width]
-        shrinking = self.width > side or self.height > side
-        out = cv2.resize(
-            region, (side, side), interpolation=cv2.INTER_AREA if shrinking else cv2.INTER_LINEAR
-        )
-        return np.ascontiguousarray(out[:, ::-1]) if self.flip else out
+        """``[H, W, 3]`` to ``[side, side, 3]``, resized as the model's preprocessing does."""
+        region = torch.from_numpy(np.ascontiguousarray(rgb[self.box]))
+        resized = resize_square(region.permute(2, 0, 1)[None].float(), side)[0]
+        out = resized.round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
+        return np.ascontiguousarray(np.rot90(out[:, ::-1] if self.flip else out, self.turns))
 
     def positions(self, xy: NDArray[np.integer]) -> NDArray[np.float64]:
         """Pixel indices ``[M, 2]`` of the stored image to model positions."""
-        out = (xy - [self.left, self.top] + 0.5) / [self.width, self.height]
-        if self.flip:
-            out[:, 0] = 1 - out[:, 0]
-        return out
+        inside = pixels_to_normalised(xy - [self.left, self.top], (self.height, self.width))
+        return (inside - 0.5) @ self._axes.T + 0.5
 
     def displacements(
         self, flow: NDArray[np.floating], size: tuple[int, int]
     ) -> NDArray[np.float64]:
         """Flow ``[M, 2]`` in units of the stored image of ``size`` to model units."""
-        out = flow * [size[1] / self.width, size[0] / self.height]
-        if self.flip:
-            out[:, 0] *= -1
-        return out
+        pixels = displacement_normalised_to_pixels(flow, size)
+        return displacement_pixels_to_normalised(pixels, (self.height, self.width)) @ self._axes.T
+
+    @property
+    def _axes(self) -> NDArray[np.int_]:
+        """``[2, 2]``: mirroring and turning, about the centre of the square."""
+        mirror = np.diag([-1 if self.flip else 1, 1])
+        quarter = np.array([[0, 1], [-1, 0]])  # what was on the right goes to the top
+        return np.linalg.matrix_power(quarter, self.turns) @ mirror
 
 
 def random_crop(size: tuple[int, int], config: DataConfig, rng: np.random.Generator) -> Crop:
@@ -112,75 +173,129 @@ def random_crop(size: tuple[int, int], config: DataConfig, rng: np.random.Genera
     else:
         w, h = (round(s * rng.uniform(config.min_crop, 1)) for s in (width, height))
     left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
-    return Crop(left, top, w, h, bool(rng.random() < config.flip))
+    flip = bool(rng.random() < config.flip)
+    turns = int(rng.integers(1, 4)) if rng.random() < config.quarter_turn else 0
+    return Crop(left, top, w, h, flip, turns)
+
+
+def augment(
+    image: NDArray[np.uint8], config: DataConfig, rng: np.random.Generator
+) -> NDArray[np.uint8]:
+    """Change how ``[S, S, 3]`` looks, not where anything is: light, colours, lens and codec."""
+    side = image.shape[0]
+    x = jitter_colours(image, config.colour, rng)
+    if rng.random() < config.light:
+        x *= light_field(side, rng)[..., None]
+    if rng.random() < config.blur:
+        x = cv2.GaussianBlur(x, (0, 0), rng.uniform(0.3, 1.0))
+    if rng.random() < config.downscale:
+        small = round(side * rng.uniform(0.5, 0.9))
+        x = cv2.resize(x, (small, small), interpolation=cv2.INTER_AREA)
+        x = cv2.resize(x, (side, side), interpolation=cv2.INTER_LINEAR)
+    if rng.random() < config.noise:
+        x += rng.standard_normal(x.shape, np.float32) * np.float32(rng.uniform(0, 0.05))
+    out = (np.clip(x, 0, 1) * 255).round().astype(np.uint8)
+    if rng.random() < config.jpeg:
+        quality = int(rng.integers(40, 96))
+        # OpenCV takes the channels for B, G, R; swapped or not, the codec's damage is alike
+        _, data = cv2.imencode(".jpg", out, [cv2.IMWRITE_JPEG_QUALITY, quality])
+        out = cv2.imdecode(data, cv2.IMREAD_COLOR)
+    return out
 
 
 def jitter_colours(
     image: NDArray[np.uint8], strength: float, rng: np.random.Generator
-) -> NDArray[np.uint8]:
-    """Random gamma, saturation, gain, white balance, offset, channel order, blur and noise."""
+) -> NDArray[np.float32]:
+    """Random gamma, saturation, gain, white balance, offset, channel order; about [0, 1]."""
     s = strength
     gamma = np.exp(rng.uniform(-s, s))
     table = ((np.arange(256) / 255) ** gamma).astype(np.float32)
     saturation = rng.uniform(1 - 1.5 * s, 1 + s)
     mix = saturation * np.eye(3) + (1 - saturation) / 3
     mix *= rng.uniform(1 - s, 1 + s) * rng.uniform(1 - s / 3, 1 + s / 3, (3, 1))
-    if rng.random() < 0.2:
+    if rng.random() < s / 2:
         mix = mix[rng.permutation(3)]
     offset = np.full((3, 1), rng.uniform(-s / 3, s / 3))
-    x = cv2.transform(table[image], np.hstack([mix, offset]))
-    if rng.random() < 0.3:
-        x = cv2.GaussianBlur(x, (0, 0), rng.uniform(0.3, 1.0))
-    if rng.random() < 0.3:
-        x = x + rng.standard_normal(x.shape, np.float32) * rng.uniform(0, 0.05)
-    return (np.clip(x, 0, 1) * 255).astype(np.uint8)
+    return cv2.transform(table[image], np.hstack([mix, offset]))
+
+
+def light_field(side: int, rng: np.random.Generator) -> NDArray[np.float32]:
+    """``[side, side]`` factors: uneven light, or in a third of cases the shadow of something."""
+    n = int(rng.integers(3, 6))
+    coarse = rng.uniform(0.5, 1.4, (n, n)).astype(np.float32)
+    smooth = cv2.resize(coarse, (side, side), interpolation=cv2.INTER_CUBIC)
+    if rng.random() < 2 / 3:
+        return smooth
+    shadow = (smooth < rng.uniform(0.7, 1.0)).astype(np.float32)
+    soft = cv2.GaussianBlur(shadow, (0, 0), rng.uniform(0.5, 3.0))
+    return 1 - np.float32(rng.uniform(0.2, 0.6)) * soft
 
 
 def make_example(
     sample: StoredSample, side: int, config: DataConfig, rng: np.random.Generator
 ) -> Example:
-    """Choose a future, a crop, pokes and queries.
+    """Choose a crop, futures, and for each pokes and queries.
 
-    Where a query lies depends on the image alone (never on what moves in the chosen future), so
-    that the learned distributions are not biased towards motion.
+    Where a query lies depends on the image alone (never on what moves in some future), so that the
+    learned distributions are not biased towards motion.
     """
-    size = sample.rgb.shape[:2]
-    future = int(rng.integers(sample.futures))
+    size = (sample.rgb.shape[0], sample.rgb.shape[1])
     crop = random_crop(size, config, rng)
-    window = np.zeros(size, dtype=bool)
-    window[crop.top : crop.top + crop.height, crop.left : crop.left + crop.width] = True
+    pixels = np.arange(size[0] * size[1]).reshape(size)[crop.box].ravel()
+    bodies = sample.bodies.ravel()[pixels]
+    on_bodies = pixels[bodies > 0]
 
-    anywhere = np.flatnonzero(window)
-    moving = np.flatnonzero(window & sample.moving[future][sample.bodies])
-    movable = np.flatnonzero(window & sample.moving.any(0)[sample.bodies])
+    def points(index: NDArray[np.intp]) -> NDArray[np.intp]:
+        return np.stack([index % size[1], index // size[1]], -1)
 
     count, groups = config.pokes, len(config.visible_pokes)
-    n = groups * config.queries_per_group
-    pokes = _pick(count, moving, anywhere, config.poke_on_moving, rng)
-    queries = _pick(n, movable, anywhere, config.query_on_movable, rng)
-    index = np.concatenate([pokes, queries])
-
-    xy = np.stack([index % size[1], index // size[1]], -1)
-    true = sample.flow_at(future, xy).flow
-    pos, flow = crop.positions(xy), crop.displacements(true, size)
-    flow += rng.normal(0, config.target_noise, flow.shape)
-    flow[:count] *= 1 + rng.normal(0, config.poke_noise, (count, 1))
-    np.clip(flow[:count], -_MAX_FLOW, _MAX_FLOW, out=flow[:count])
-    flow[count:][np.abs(flow[count:]).max(-1) > _MAX_FLOW] = np.nan
-
-    static = sample.camera_static[future] and rng.random() >= config.hide_static_flag
-    image = jitter_colours(crop.image(sample.rgb, side), config.colour, rng)
+    scarce = sample.futures < config.futures_per_image
+    futures = rng.choice(sample.futures, config.futures_per_image, replace=scarce)
+    moving = sample.moving
+    static = sample.camera_static[futures] & (rng.random(len(futures)) >= config.hide_static_flag)
+    placed, moved = [], []
+    for future in futures:
+        # Pokes are put on what moves more often than chance would, or few would tell anything. But
+        # if they always were, still pokes would say that nothing moves anywhere, the more the more
+        # of them. With a share of examples where pokes fall anywhere they can say so only weakly.
+        on_moving = config.poke_on_moving if rng.random() < config.informed else 0.0
+        xy = points(
+            np.concatenate(
+                [
+                    _pick(count, pixels[moving[future][bodies]], pixels, on_moving, rng),
+                    _pick(
+                        groups * config.queries_per_group,
+                        on_bodies,
+                        pixels,
+                        config.query_on_bodies,
+                        rng,
+                    ),
+                ]
+            )
+        )
+        flow = crop.displacements(sample.flow_at(int(future), xy).flow, size)
+        flow += rng.normal(0, config.target_noise, flow.shape)
+        flow[:count] *= 1 + rng.normal(0, config.poke_noise, (count, 1))
+        np.clip(flow[:count], -_MAX_FLOW, _MAX_FLOW, out=flow[:count])
+        flow[count:][np.abs(flow[count:]).max(-1) > _MAX_FLOW] = np.nan
+        placed.append(crop.positions(xy))
+        moved.append(flow)
+    segment = _pick(config.segment_points, on_bodies, pixels, 0.5, rng)
+    image = augment(crop.image(sample.rgb, side), config, rng)
 
     def tensor(x: NDArray[np.float64]) -> Tensor:
         return torch.from_numpy(x.astype(np.float32))
 
+    positions, motions = tensor(np.stack(placed)), tensor(np.stack(moved))
     return Example(
         image=torch.from_numpy(image).permute(2, 0, 1).contiguous(),
-        poke_pos=tensor(pos[:count]),
-        poke_flow=tensor(flow[:count]),
-        query_pos=tensor(pos[count:]).view(groups, -1, 2),
-        query_flow=tensor(flow[count:]).view(groups, -1, 2),
-        camera_static=torch.tensor(bool(static)),
+        poke_pos=positions[:, :count],
+        poke_flow=motions[:, :count],
+        query_pos=positions[:, count:].unflatten(1, (groups, -1)),
+        query_flow=motions[:, count:].unflatten(1, (groups, -1)),
+        camera_static=torch.from_numpy(static),
+        segment_pos=tensor(crop.positions(points(segment))),
+        segment_body=torch.from_numpy(sample.bodies.ravel()[segment].astype(np.int64)),
     )
 
 
