@@ -90,6 +90,11 @@ class FreeBody:
     poses: list[RestPose]
     flat_top: bool
 
+    @property
+    def extent(self) -> float:
+        """The largest dimension in the first rest pose (m)."""
+        return max(2 * self.radius, self.height)
+
 
 @dataclass
 class Builder:

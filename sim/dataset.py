@@ -38,10 +38,10 @@ SPLITS: dict[str, tuple[str, ...]] = {
 }
 """Kinds of each split; "val" has the kinds of "train" under other seeds."""
 
-FORMAT = 1
+FORMAT = 2
 """Version of the shards' layout, in each manifest."""
 
-GENERATOR = 2
+GENERATOR = 3
 """Raised when worlds or futures of the same seed change: shards of two versions do not mix."""
 
 
@@ -59,6 +59,7 @@ class StoredSample:
     camera_pose: NDArray[np.float64]  # [4, 4]
     body_motion: NDArray[np.float32]  # [F, n, 4, 4]
     camera_motion: NDArray[np.float32]  # [F, 4, 4]
+    causes: NDArray[np.int64]  # [F] parts chosen to move, see `sim.simulator.Future.causes`
     kind: str
     seed: int
 
@@ -118,6 +119,7 @@ def read_sample(members: Mapping[str, Any]) -> StoredSample:
         camera_pose=np.array(meta["camera_pose"]),
         body_motion=body_motion,
         camera_motion=camera_motion,
+        causes=np.array(meta["causes"], np.int64),
         kind=meta["kind"],
         seed=meta["seed"],
     )
@@ -194,6 +196,7 @@ def generate(split: str, shard: int, settings: Settings) -> Iterator[dict[str, A
             "intrinsics": frame.intrinsics.tolist(),
             "camera_pose": frame.camera_pose.tolist(),
             "descriptions": [future.description for future in futures],
+            "causes": [future.causes for future in futures],
         }
         yield {
             "__key__": f"{split}-{number:08d}",
@@ -259,17 +262,29 @@ def _finished(path: Path, note: Path, settings: Settings) -> bool:
 
 
 def write_manifest(out: Path, split: str, shards: int) -> dict[str, Any]:
-    """Gathers the finished shards of a split in manifest-<split>.json and returns its contents."""
+    """Gathers the finished shards of a split in manifest-<split>.json and returns its contents.
+
+    Raises:
+        ValueError: the shards' generators or settings differ.
+    """
     notes = [out / f"{split}-{i:06d}.json" for i in range(shards)]
     records = [json.loads(note.read_text()) for note in notes if note.exists()]
+    first = records[0] if records else {}
+    recipe = {key: first.get(key) for key in ("generator", "settings")}
+    for record in records:
+        for key, value in recipe.items():
+            if record[key] != value:
+                raise ValueError(
+                    f"{out} mixes shards: {first['file']} has {key} {value}, "
+                    f"{record['file']} has {record[key]}"
+                )
     manifest = {
         "format": FORMAT,
         "split": split,
         "kinds": SPLITS[split],
         "complete": len(records) == shards,
         "images": sum(r["images"] for r in records),
-        "generator": GENERATOR,
-        "settings": records[0]["settings"] if records else None,
+        **recipe,
         "shards": [{k: r[k] for k in ("file", "images", "sha256")} for r in records],
     }
     (out / f"manifest-{split}.json").write_text(json.dumps(manifest, indent=1) + "\n")

@@ -27,6 +27,7 @@ _OPTICAL = np.diag([1.0, -1.0, -1.0])
 _VISIBLE_SHARE = 0.004  # of the picture: a part below is not chosen to move
 _SUBJECT_SHARE = (0.03, 0.8)  # of the picture, wanted for the main asset's movable parts together
 _FLOW_RANGE = (0.004, 0.8)  # of the strongest flow in a future; others are drawn anew
+_JITTER = 1e-3  # of its extent: two states of a free body that differ by less are the same
 _OCCLUSION_TOLERANCE = 0.01  # relative depth difference that still counts as the same surface
 
 
@@ -49,6 +50,9 @@ class Future:
     camera_motion: NDArray[np.float32]  # [4, 4], identity for a static camera
     description: str
     qpos: NDArray[np.float64]  # the state of the world afterwards
+    causes: int
+    """Parts that were chosen to move, 0 for none. What these carry or hit is no cause, nor is the
+    camera."""
 
     @property
     def moving(self) -> NDArray[np.bool_]:
@@ -117,6 +121,7 @@ class Simulator:
         self._camera_distance = 1.0
         self._frame: Frame | None = None
         self._visible: tuple[Frame, NDArray[np.intp]] | None = None  # parts of that frame
+        self._drift: tuple[Frame, NDArray[np.float64]] | None = None  # state after that frame
         self._index_parts()
         self.rerandomize(rng)
 
@@ -374,7 +379,7 @@ class Simulator:
 
     def _still(self, camera_motion: NDArray) -> Future:
         motion = np.broadcast_to(np.eye(4, dtype=np.float32), (self.model.nbody, 4, 4)).copy()
-        return Future(motion, camera_motion.astype(np.float32), STILL, self.data.qpos.copy())
+        return Future(motion, camera_motion.astype(np.float32), STILL, self.data.qpos.copy(), 0)
 
     def _draw_camera_motion(self, rng: np.random.Generator) -> NDArray[np.float64]:
         size = np.exp(rng.uniform(np.log(0.1), np.log(1.0)))
@@ -407,7 +412,8 @@ class Simulator:
                 qpos[address] = self._next_joint_value(rng, qpos[address], low, high)
                 names.append(f"part {self._body_of_part[i]} moves")
         motion = self._motion_to(qpos)
-        return Future(motion, camera_motion.astype(np.float32), ", ".join(names), qpos)
+        description = ", ".join(names)
+        return Future(motion, camera_motion.astype(np.float32), description, qpos, len(chosen))
 
     def _visible_parts(self) -> NDArray[np.intp]:
         frame = self.render()
@@ -473,7 +479,35 @@ class Simulator:
             impulse += force
         change = np.zeros((1, model.nv))
         mujoco.mj_solveM(model, data, change, impulse[None])
-        return self._step(HORIZON_S, velocity=change[0])
+        qpos = self._step(HORIZON_S, velocity=change[0])
+        # Contacts jitter, and round bodies creep: what hardly moves, or moves so without the push
+        # too, stays where it is.
+        pushed = {int(self._body_of_part[i]) for i in parts}
+        for free in self._world.free_bodies:
+            if free.part.body.id not in pushed:
+                start = self.model.jnt_qposadr[free.part.joint.id]
+                here = slice(start, start + 7)
+                before = self.data.qpos[here]
+                alike = (before, self._unpushed()[here])
+                if any(self._same_place(free, qpos[here], other) for other in alike):
+                    qpos[here] = before
+        return qpos
+
+    def _unpushed(self) -> NDArray[np.float64]:
+        """[nq] state after the horizon without a push; stepped once a frame."""
+        frame = self.render()
+        if self._drift is None or self._drift[0] is not frame:
+            self._drift = (frame, self._step(HORIZON_S))
+        return self._drift[1]
+
+    @staticmethod
+    def _same_place(body: FreeBody, a: NDArray[np.float64], b: NDArray[np.float64]) -> bool:
+        """Whether two poses [7] of a free body differ by jitter at most."""
+        rotation = np.empty(3)
+        mujoco.mju_subQuat(rotation, a[3:], b[3:])
+        shift = float(np.linalg.norm(a[:3] - b[:3]))
+        turned = float(np.linalg.norm(rotation)) * body.extent
+        return max(shift, turned) < _JITTER * body.extent
 
     def _carry(self, rng: np.random.Generator, i: int, qpos: NDArray[np.float64]) -> None:
         """Moves a free body as a hand does: along the support, up, turned or tilted."""

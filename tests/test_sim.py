@@ -14,6 +14,8 @@ from sim.kinds import split_kinds
 mujoco = pytest.importorskip("mujoco")
 
 from sim import Simulator  # noqa: E402
+from sim.assets import BUILDERS  # noqa: E402
+from sim.builder import Builder  # noqa: E402
 from sim.simulator import STILL  # noqa: E402
 from sim.world import build_world  # noqa: E402
 
@@ -125,6 +127,54 @@ def test_futures_of_one_picture_differ_in_part_and_direction():
     rng = np.random.default_rng(0)
     futures = [world.sample_future(rng) for _ in range(40)]
     assert len({f.description for f in futures}) >= 3
+
+
+def test_causes_count_the_parts_that_were_chosen():
+    rng = np.random.default_rng(0)
+    for kind in TRAIN_KINDS:
+        world = Simulator(kind, 3, (64, 64))
+        for _ in range(12):
+            future = world.sample_future(rng, 0.3)
+            still = future.description == STILL
+            assert future.causes == (0 if still else len(future.description.split(", ")))
+            assert future.causes <= 3
+            assert (future.causes > 0) == bool(future.moving.any())
+
+
+def test_free_bodies_that_no_push_reaches_stay_exactly_where_they_are():
+    rng = np.random.default_rng(0)
+    witnesses = 0
+    for seed in range(12):
+        world = Simulator("body", seed, (64, 64))
+        extent = {free.part.body.id: free.extent for free in world._world.free_bodies}
+        for _ in range(8):
+            future = world.sample_future(rng)
+            for body, size in extent.items():
+                if f"body {body} " in future.description:
+                    continue
+                motion = future.body_motion[body]
+                origin = np.append(world.data.xpos[body], 1)
+                shift = np.linalg.norm((motion @ origin - origin)[:3]) / size
+                angle = np.arccos(np.clip((np.trace(motion[:3, :3]) - 1) / 2, -1, 1))
+                witnesses += not future.moving[body]
+                assert not future.moving[body] or max(shift, angle) > 0.9e-3
+    assert witnesses > 50
+
+
+def test_a_quarter_of_the_doors_are_flaps_that_open_outwards():
+    flaps = 0
+    count = 80
+    for seed in range(count):
+        b = Builder(mujoco.MjSpec(), np.random.default_rng(seed))
+        BUILDERS["door"](b, b.root())
+        hinges = [part for part in b.parts if abs(part.joint.axis[0]) == 1]
+        flaps += bool(hinges)
+        for part in hinges:
+            front = part.body.geoms[0].pos[2]  # of the leaf's middle from the hinge
+            low, high = part.joint.range
+            # Turned about x by a, a point at height z comes to y = -z sin(a): the front is -y.
+            assert (low == 0 and 0.5 < high <= np.pi / 2) if front > 0 else (high == 0 > low)
+    assert 0.12 < flaps / count < 0.38
 
 
 def test_after_applying_a_future_the_state_is_its_frame():

@@ -43,7 +43,8 @@ def test_samples_decode_to_what_the_simulator_made(written):
     np.testing.assert_array_equal(sample.bodies, frame.bodies)
     np.testing.assert_allclose(sample.depth, frame.depth, atol=frame.depth.max() / 65535)
     np.testing.assert_allclose(sample.camera_pose, frame.camera_pose)
-    assert sample.futures == len(sample.body_motion) == 3
+    assert sample.futures == len(sample.body_motion) == len(sample.causes) == 3
+    assert [s.causes.any() for s in stored] == [(s.moving.any()) for s in stored]
     xy = np.argwhere(sample.bodies >= 0)[:, ::-1]
     for f in range(sample.futures):
         result = sample.flow_at(f, xy)
@@ -78,6 +79,18 @@ def test_other_settings_in_the_same_place_are_refused(written):
     out, _ = written
     with pytest.raises(ValueError, match="choose another --out"):
         dataset.write_dataset(out, "train", 12, Settings(size=32, images_per_shard=6))
+
+
+def test_the_manifest_tells_the_shards_generator_and_refuses_mixtures(tmp_path):
+    settings = Settings(size=16, futures=1, images_per_world=1, images_per_shard=1)
+    dataset.write_dataset(tmp_path, "train", 2, settings)
+    notes = [tmp_path / f"train-{i:06d}.json" for i in range(2)]
+    older = [{**json.loads(note.read_text()), "generator": 1} for note in notes]
+    notes[0].write_text(json.dumps(older[0]))
+    with pytest.raises(ValueError, match=r"mixes shards: .* generator 1, .* has"):
+        dataset.write_manifest(tmp_path, "train", 2)
+    notes[1].write_text(json.dumps(older[1]))
+    assert dataset.write_manifest(tmp_path, "train", 2)["generator"] == 1
 
 
 def test_damage_is_found(written, tmp_path):

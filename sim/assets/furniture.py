@@ -100,15 +100,14 @@ def drawer(b: Builder, root: Body) -> Extent:
 def _leaf(
     b: Builder,
     hinge: Body,
-    side: int,
+    centre: tuple[float, float],
     width: float,
     height: float,
     thick: float,
     index: int,
-    handle: float,
 ) -> None:
-    """A door leaf at z 0..height of its hinge body, reaching `width` towards -side * x."""
-    cx = -side * width / 2
+    """A door leaf round (x, z) = `centre` of its hinge body, its inner face at y = 0."""
+    cx, cz = centre
     style = b.integer(0, 4)
     if style == 0 and width > 0.2:  # open frame with bars
         border = b.uniform(0.1, 0.2) * min(width, height)
@@ -116,17 +115,18 @@ def _leaf(
             b.box(
                 hinge,
                 (border / 2, thick, height / 2),
-                (cx + offset * (width - border) / 2, -thick, height / 2),
+                (cx + offset * (width - border) / 2, -thick, cz),
                 "front",
                 index,
             )
-        for low in (border / 2, height - border / 2):
-            b.box(hinge, (width / 2, thick, border / 2), (cx, -thick, low), "front", index)
+        for offset in (-1, 1):
+            at = (cx, -thick, cz + offset * (height - border) / 2)
+            b.box(hinge, (width / 2, thick, border / 2), at, "front", index)
         if b.chance(0.7):
             b.box(
                 hinge,
                 (width / 2 - border, thick * 0.3, height / 2 - border),
-                (cx, -thick, height / 2),
+                (cx, -thick, cz),
                 "glass",
                 index,
             )
@@ -134,19 +134,59 @@ def _leaf(
             b.box(
                 hinge,
                 (border / 6, thick * 0.7, height / 2),
-                (cx + width * (0.2 * i - 0.3), -thick, height / 2),
+                (cx + width * (0.2 * i - 0.3), -thick, cz),
                 "trim",
                 index,
             )
     else:
-        b.box(hinge, (width / 2, thick, height / 2), (cx, -thick, height / 2), "front", index)
-        add_trim(b, hinge, width / 2, height / 2, (cx, -2 * thick, height / 2), index)
+        b.box(hinge, (width / 2, thick, height / 2), (cx, -thick, cz), "front", index)
+        add_trim(b, hinge, width / 2, height / 2, (cx, -2 * thick, cz), index)
+
+
+def _side_leaf(
+    b: Builder,
+    hinge: Body,
+    side: int,
+    width: float,
+    height: float,
+    thick: float,
+    index: int,
+    handle: float,
+) -> None:
+    """A leaf at z 0..height of its hinge body, reaching `width` towards -side * x."""
+    _leaf(b, hinge, (-side * width / 2, height / 2), width, height, thick, index)
     at = (-side * width * b.uniform(0.8, 0.92), -2 * thick, height * handle)
     add_handle(b, hinge, at, b.uniform(0.2, 0.7) * min(width, height, 0.4), index)
 
 
+def _flap(
+    b: Builder,
+    root: Body,
+    edge: int,
+    bottom: tuple[float, float, float],
+    width: float,
+    height: float,
+    thick: float,
+    index: int,
+) -> None:
+    """A leaf over `bottom`, the middle of its lower edge, hung there (edge -1) or on top (1)."""
+    x, y, z = bottom
+    reach = height * b.uniform(0.78, 0.9)  # of the handle from the hinge
+    size = b.uniform(0.3, 0.85) * min(width, 1.5 * height, 0.5)
+    if edge < 0:
+        # Down to the horizontal, or until the handle meets the ground.
+        low = max(2 * thick + 0.3 * size - z, 0.0)
+        limits = (0.0, b.uniform(1.3, np.pi / 2) - float(np.arctan2(low, reach)))
+    else:
+        z += height
+        limits = (-b.uniform(1.2, 1.7), 0.0)
+    hinge = b.hinge(root, (x, y, z), (1, 0, 0), limits, rest=0.55)
+    _leaf(b, hinge, (0, -edge * height / 2), width, height, thick, index)
+    add_handle(b, hinge, (0, -2 * thick, -edge * reach), size, index, along="x")
+
+
 def door(b: Builder, root: Body) -> Extent:
-    """Cupboards, refrigerators, ovens with side hinge, room doors and gates."""
+    """Cupboards, refrigerators, ovens, cabinets with flaps, room doors and gates."""
     limit = b.uniform(1.2, 2.6)
     if b.chance(0.25):  # a room door or gate in its frame
         width, height = b.uniform(0.35, 0.6), b.uniform(0.6, 1.0)
@@ -178,7 +218,7 @@ def door(b: Builder, root: Body) -> Extent:
             hinge = b.hinge(
                 root, (side * width / 2, 0, b.uniform(0.0, 0.02)), (0, 0, 1), (lo, hi), rest=0.4
             )
-            _leaf(b, hinge, side, width / count * 0.98, height, thick, i, 0.5)
+            _side_leaf(b, hinge, side, width / count * 0.98, height, thick, i, 0.5)
         return Extent(width / 2 + post, 0.1, height + 2 * post)
     x, y, z = b.uniform(0.2, 0.5), b.uniform(0.12, 0.35), b.uniform(0.2, 0.5)
     wall, thick = b.uniform(0.012, 0.04), b.uniform(0.006, 0.02)
@@ -190,9 +230,12 @@ def door(b: Builder, root: Body) -> Extent:
         for item in range(b.integer(0, 2)):
             at = (b.uniform(-0.7, 0.7) * x, b.uniform(-0.3, 0.4) * y, level + wall / 3)
             add_prop(b, root, at, b.uniform(0.04, 0.09), 3 * i + item)
-    layout = b.pick("single", "single", "double", "stacked", "row")
+    flaps = b.chance(1 / 3)  # a quarter of all, since room doors have none
+    side_by_side = () if flaps else ("double", "row")
+    layout = b.pick("single", "single", "stacked", *side_by_side)
     gap = b.uniform(0.003, 0.01)
-    inset = b.chance(0.3)
+    edge = b.pick(-1, 1)
+    inset = not flaps and b.chance(0.3)  # a flap in the carcass would turn into it
     y_front = -y + 2 * thick if inset else -y - 0.002
     inner_x, inner_z = (x - wall, z - wall) if inset else (x, z)
     low = feet + (z - inner_z)
@@ -217,9 +260,13 @@ def door(b: Builder, root: Body) -> Extent:
             cells.append((s, at, low, width - gap, 2 * inner_z))
     handle = b.uniform(0.3, 0.7)
     for i, (s, at, bottom, width, height) in enumerate(cells):
+        if flaps:
+            middle = (at - s * width / 2, y_front, bottom)
+            _flap(b, root, edge, middle, width, height, thick, i)
+            continue
         lo, hi = sorted((0.0, s * limit))
         hinge = b.hinge(root, (at, y_front, bottom), (0, 0, 1), (lo, hi), rest=0.55)
-        _leaf(b, hinge, s, width, height, thick, i, handle)
+        _side_leaf(b, hinge, s, width, height, thick, i, handle)
         if b.chance(0.15):  # rack on the inside of the door
             rack = b.fixed(hinge)
             b.box(rack, (width * 0.35, 0.03, 0.03), (-s * width / 2, 0.03, height * 0.4), "tray", i)

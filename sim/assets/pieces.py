@@ -10,14 +10,22 @@ Body = mujoco.MjsBody
 
 
 def add_handle(
-    b: Builder, body: Body, at: tuple[float, float, float], size: float, index: int
+    b: Builder,
+    body: Body,
+    at: tuple[float, float, float],
+    size: float,
+    index: int,
+    along: str | None = None,
 ) -> None:
-    """A handle on a front whose outer face is the plane y = at[1]; `size` about its length."""
+    """A handle on a front whose outer face is the plane y = at[1]; `size` about its length.
+
+    Long ones lie along "x" or "z", by chance if not given.
+    """
     x, y, z = at
     thick = size * b.uniform(0.05, 0.12)
     reach = size * b.uniform(0.12, 0.3)
     style = b.integer(0, 5)
-    along = b.pick("x", "z")
+    along = along or b.pick("x", "z")
     if style == 0:  # bar on two posts
         half = size * b.uniform(0.3, 0.5)
         shape = b.pick(b.capsule, b.cylinder)
