@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 import typer
 
@@ -26,10 +27,10 @@ def _fpt() -> None:
     """Keeps ``predict`` a sub-command while it is the only one."""
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line. Exits with 0, or with 2 and one line for a user's mistake."""
     try:
-        app()
+        app(arguments, prog_name="fpt")
     except UserError as error:
         print(f"fpt: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
