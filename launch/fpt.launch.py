@@ -13,27 +13,20 @@ from launch_ros.actions import Node
 from launch_ros.parameter_descriptions import ParameterValue
 
 from fpt_ros import environment
+from fpt_ros.parameters import FPT_PARAMETERS, Spec
 
 CONFIG = Path(__file__).parents[1] / "config" / "fpt.yaml"
 
-# Launch arguments that become parameters of the node where they are given.
-OVERRIDES = {
-    "model": ("Name of a shipped model, or path of a checkpoint.", str),
-    "device": ("Where the model runs: cpu, cuda, cuda:1.", str),
-    "precision": ("Number format of the model: fp32 or bf16.", str),
-    "threads": ("CPU threads of the model; 0: the backend's default.", int),
-    "max_age_ms": ("Images older than this are not answered, ms; 0: no limit.", float),
-    "autostart": ("Configure and activate the node at start-up.", bool),
-    "use_sim_time": ("Take the time from /clock.", bool),
-}
+# Each is a launch argument, and a parameter of the node where that argument is given.
+PARAMETERS = (*FPT_PARAMETERS, Spec("use_sim_time", False, "Take the time from /clock."))
 
 
 def fpt_node(context: LaunchContext) -> list[Node]:
     """The node, with the parameters of the file and those given as launch arguments."""
     given = {
-        name: ParameterValue(LaunchConfiguration(name), value_type=kind)
-        for name, (_, kind) in OVERRIDES.items()
-        if LaunchConfiguration(name).perform(context)
+        spec.name: ParameterValue(LaunchConfiguration(spec.name), value_type=type(spec.default))
+        for spec in PARAMETERS
+        if LaunchConfiguration(spec.name).perform(context)
     }
     return [
         Node(
@@ -64,11 +57,11 @@ def generate_launch_description() -> LaunchDescription:
             ),
             *(
                 DeclareLaunchArgument(
-                    name,
+                    spec.name,
                     default_value="",
-                    description=f"{description} Empty: as in params_file.",
+                    description=f"{spec.description} Empty: as in params_file.",
                 )
-                for name, (description, _) in OVERRIDES.items()
+                for spec in PARAMETERS
             ),
             DeclareLaunchArgument(
                 "log_level",

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import runpy
 import shutil
 from pathlib import Path
@@ -23,6 +22,7 @@ from fpt_msgs.msg import FlowDistribution, PokeArray
 from fpt_ros.environment import claim_domain_id
 from fpt_ros.images import image_to_array
 from fpt_ros.parameters import FPT_PARAMETERS
+from sim.camera_node import _PARAMETERS as CAMERA_PARAMETERS
 
 LAUNCH_FILES = ("fpt.launch.py", "sim.launch.py")
 OUTPUT_TOPICS = {f"fpt/{name}" for name in ("overlay", "mask", "flow_color", "influence")}
@@ -68,15 +68,29 @@ def test_rviz_set_up_shows_our_topics_with_classes_that_exist() -> None:
     assert {display["Topic"]["Value"] for display in displays} == OUTPUT_TOPICS | {"image"}
 
 
-@pytest.mark.skipif(importlib.util.find_spec("launch_ros") is None, reason="needs launch_ros")
-@pytest.mark.parametrize("name", LAUNCH_FILES)
-def test_launch_arguments_are_described(name: str) -> None:
-    description = runpy.run_path(str(ROOT / "launch" / name))["generate_launch_description"]()
-    arguments = description.get_launch_arguments()
-    assert arguments
-    for argument in arguments:
+def launch_arguments(file: str) -> dict[str, Any]:
+    pytest.importorskip("launch_ros")
+    description = runpy.run_path(str(ROOT / "launch" / file))["generate_launch_description"]()
+    return {argument.name: argument for argument in description.get_launch_arguments()}
+
+
+@pytest.mark.parametrize("file", LAUNCH_FILES)
+def test_launch_arguments_are_described(file: str) -> None:
+    arguments = launch_arguments(file)
+    for argument in arguments.values():
         assert argument.description != "no description given", argument.name
-        assert "." in argument.description, argument.name
+        assert argument.description.endswith((".", "]")), argument.name  # "Valid choices are: []"
+    assert arguments.keys() >= {"namespace", "image", "params_file", "use_sim_time", "log_level"}
+    for spec in FPT_PARAMETERS:
+        assert arguments[spec.name].description.startswith(spec.description)
+
+
+def test_the_simulated_camera_launches_with_its_own_defaults() -> None:
+    arguments = launch_arguments("sim.launch.py")
+    for spec in CAMERA_PARAMETERS:
+        (default,) = arguments[spec.name].default_value
+        described = arguments[spec.name].description
+        assert (default.text, described) == (str(spec.default), spec.description)
 
 
 needs_ros2 = pytest.mark.skipif(shutil.which("ros2") is None, reason="needs the ros2 command")
