@@ -78,6 +78,12 @@ def test_every_kind_builds(kind):
         assert world.model.nbody <= 255
 
 
+def test_a_cabinet_of_open_shelves_keeps_one_drawer():
+    """This seed draws an open shelf for each of its three cells."""
+    world = Simulator("drawer", 121572, (16, 16))
+    assert world.sample_future(np.random.default_rng(0)).description != STILL
+
+
 @pytest.mark.parametrize("kind", ["drawer", "body", "lid"])
 def test_same_seed_gives_the_same_world_picture_and_future(kind):
     first, second = (Simulator(kind, 7, SIZE) for _ in range(2))

@@ -53,8 +53,10 @@ def drawer(b: Builder, root: Body) -> Extent:
                     (centre - width / 2, 0, feet + z),
                     "inside",
                 )
-            if rows * columns > 2 and b.chance(0.08):
-                continue  # an open shelf
+            shelf = rows * columns > 2 and b.chance(0.08)
+            last = row == rows - 1 and column == columns - 1
+            if shelf and (index or not last):
+                continue  # open; but one drawer there is
             reach = 2 * (y - wall)
             part = b.slide(
                 root, (centre, 0, middle), (0, -1, 0), (0, b.uniform(0.55, 0.9) * reach), rest=0.6
