@@ -163,7 +163,8 @@ class TestDrawOverlay:
         queries = np.random.default_rng(0).uniform(0, 480, (10_000, 2))
         far = np.full((10_000, 1, 2), 1e12)
         modes = FlowMixture(np.zeros((10_000, 1)), far, np.tile(1e9 * np.eye(2), (10_000, 1, 1, 1)))
-        assert drawn(draw_overlay(grey_image(), NO_POINTS, NO_POINTS, queries, modes)).any()
+        picture = draw_overlay(grey_image(), NO_POINTS, NO_POINTS, queries, modes)
+        assert drawn(picture).mean() > 0.3  # shafts, on to their tips far outside
 
     def test_three_dimensional_mixtures_show_their_image_plane_part(self):
         tril = np.diag([20.0, 20.0, 5.0])
@@ -175,6 +176,7 @@ class TestDrawOverlay:
             for m in (spatial, planar)
         ]
         np.testing.assert_array_equal(*pictures)
+        assert drawn(pictures[0])[100, 150]
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
@@ -230,3 +232,4 @@ class TestSideBySide:
         strip = legend(width)
         assert strip.shape == (40, width, 3)
         assert (strip[:, -2:] == 255).all()
+        assert (strip < 100).any()
