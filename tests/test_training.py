@@ -3,15 +3,18 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from fpt_model import FlowPredictor, load_model
+from fpt_model import FlowMixture, load_model
 from fpt_model.encoder import preprocess
-from fpt_model.geometry import grid, normalised_to_pixels
+from fpt_model.geometry import normalised_to_pixels
 from sim.dataset import GENERATOR, Settings, write_dataset
 from training import evaluate, train
 from training.config import DataConfig, RunConfig
@@ -214,7 +217,8 @@ def test_pokes_prefer_what_moves_only_in_informed_examples(data: Path) -> None:
 def test_shards_know_their_origin(data: Path, tmp_path: Path) -> None:
     shards = Shards(data, "train")
     assert shards.generator == GENERATOR
-    assert shards.worlds == len({shards[i].seed for i in range(12)}) == 3
+    assert shards.worlds == [(shards[i].kind, shards[i].seed) for i in range(12)]
+    assert len(set(shards.worlds)) == 3
     for file in data.glob("train-*"):
         shutil.copy(file, tmp_path)
     assert len(Shards(tmp_path, "train")) == 12, "still being made"
@@ -222,6 +226,10 @@ def test_shards_know_their_origin(data: Path, tmp_path: Path) -> None:
     shutil.copy(data / "manifest-train.json", tmp_path)
     (tmp_path / "train-000000.tar").rename(tmp_path / "train-000007.tar")
     with pytest.raises(ValueError, match=r"missing \['train-000000.*not listed \['train-000007"):
+        Shards(tmp_path, "train")
+    manifest = json.loads((data / "manifest-train.json").read_text())
+    (tmp_path / "manifest-train.json").write_text(json.dumps({**manifest, "format": 1}))
+    with pytest.raises(ValueError, match="has format 1, expected"):
         Shards(tmp_path, "train")
 
 
@@ -277,40 +285,138 @@ def test_training_learns(data: Path, tmp_path: Path) -> None:
     assert after < before - 0.5, f"NLL {before:.2f} -> {after:.2f}"
 
 
-def test_truth_on_the_grid_and_scores(data: Path, run: Path) -> None:
-    shards = Shards(data, "val")
-    for sample, truth in evaluate.scenes(shards, 4):
-        largest = np.linalg.norm(truth.flow, axis=-1)[truth.moving].max()
-        assert np.linalg.norm(truth.poke_flow) == pytest.approx(largest)
-        perfect = np.where(truth.moving[..., None], truth.flow, 0)
-        assert evaluate.endpoint_error(perfect, truth) < 1e-6, "nothing else moves"
-        assert sample.rgb.shape == (64, 64, 3)
-    predictor = FlowPredictor(load_model(run / "model.safetensors"))
-    figures = evaluate.evaluate(predictor, data, 4)
-    held_out = figures["held_out"]
-    assert held_out["scenes"] == sum(k["scenes"] for k in held_out["kinds"].values()) > 0
-    assert set(held_out["kinds"]) <= {"lid", "lever", "turntable"}
-    assert held_out["epe_copy_best_radius"] <= held_out["epe_no_motion"] + 1e-9
-    assert 0 <= held_out["iou_kl"] <= 1
-
-
-def test_a_perfect_prediction_scores_perfectly(data: Path) -> None:
-    truths = [t for _, t in evaluate.scenes(Shards(data, "val"), 4)]
-    records = evaluate.Records(
-        kind=["x"] * len(truths),
-        truth=truths,
-        flow=[t.flow for t in truths],
-        kl=[t.moving.astype(float) for t in truths],
-        nll=[0.0] * len(truths),
+@pytest.fixture(scope="module")
+def answers(data: Path) -> evaluate.Answers:
+    """Those of an oracle: all is as the truth says."""
+    found = list(evaluate.scenes(Shards(data, "val"), 6))
+    worlds = sorted({s.sample.seed for s in found})
+    flow = np.stack([s.truth.flow for s in found])
+    moving = np.stack([s.truth.moving for s in found])
+    return evaluate.Answers(
+        world=np.array([worlds.index(s.sample.seed) for s in found]),
+        kind=np.array([s.sample.kind for s in found]),
+        flow=flow,
+        moving=moving,
+        poke=np.array([s.pokes[0] for s in found]),
+        mean=flow,
+        mode=np.zeros_like(flow),
+        kl_matched=moving.astype(float),
+        kl_variational=np.zeros(moving.shape),
+        log_prob=np.ones(moving.shape),
     )
-    figures = evaluate.report(records, {"kl": 0.5, "flow": 1e-6})
-    assert figures["epe"] == 0
-    assert figures["iou_kl"] == 1
-    assert figures["iou_disc_best_radius"] < 1
-    assert evaluate.intersection_over_union(
-        np.array([1, 1, 0], bool), np.array([0, 1, 1], bool)
-    ) == (pytest.approx(1 / 3))
-    assert len(grid(evaluate.SIZE)) == 4096
+
+
+def test_scenes_are_what_one_poke_can_tell(data: Path) -> None:
+    shards = Shards(data, "val")
+    found = list(evaluate.scenes(shards, 100))
+    again = list(evaluate.scenes(shards, 3))
+    assert [s.sample.seed for s in again] == [s.sample.seed for s in found[:3]]
+    assert [s.pokes.tolist() for s in again] == [s.pokes.tolist() for s in found[:3]]
+    seeds = [s.sample.seed for s in found]
+    worlds = len(set(seeds))
+    assert len(set(seeds[:worlds])) == worlds, "each world once before any twice"
+    for sample, truth, (largest, drawn) in found:
+        future = next(
+            f
+            for f in range(sample.futures)
+            if np.array_equal(evaluate.grid_truth(sample, f).flow, truth.flow)
+        )
+        assert sample.causes[future] == 1
+        assert sample.camera_static[future]
+        lengths = np.linalg.norm(truth.flow, axis=-1)
+        assert lengths[largest] == lengths[truth.moving].max() >= evaluate.MIN_POKE
+        assert truth.moving[[largest, drawn]].all()
+        assert lengths[~truth.moving].max() < evaluate.MIN_VISIBLE_FLOW, "nothing else moves"
+
+
+def test_figures_of_an_oracle(answers: evaluate.Answers) -> None:
+    figures = evaluate.report(answers, {"kl_matched": 0.4, "kl_variational": 1.0, "speed": 0.0})
+    for cells in ("epe", "epe_moving_cells"):
+        epe = figures[cells]
+        assert epe["mean"] == epe["mean_over_copy"] == 0
+        assert epe["mode"] == epe["no_motion"] > epe["copy"] > 0, "its mode says nothing moves"
+        low, high = epe["mode_over_copy_interval"]
+        assert low <= epe["mode_over_copy"] <= high
+    assert figures["epe_moving_cells"]["no_motion"] > figures["epe"]["no_motion"]
+    iou = figures["iou"]
+    assert (
+        iou["kl_matched"]
+        == iou["kl_matched_half_threshold"]
+        == iou["kl_matched_double_threshold"]
+        == 1
+    )
+    assert iou["kl_variational"] == 0 < iou["disc"] < 1
+    assert figures["nll"] == -1
+    for groups in (figures["by_poke_size"], figures["by_kind"].values()):
+        assert sum(group["scenes"] for group in groups) == len(answers)
+    moving_share = answers.moving.mean(-1)
+    everywhere = evaluate.intersection_over_union(np.ones_like(answers.moving), answers.moving)
+    assert np.allclose(everywhere, moving_share)
+    assert (
+        evaluate.best_threshold(answers.kl_matched, answers.moving, np.array([-1, 0.5, 2])) == 0.5
+    )
+
+
+def test_copying_nothing_is_among_the_baselines(answers: evaluate.Answers) -> None:
+    """Where the poke tells less than nothing, the best disc is empty."""
+    misled = replace(answers, flow=answers.flow.copy())
+    misled.flow[np.arange(len(misled)), misled.poke] *= -50
+    everywhere = np.ones_like(answers.moving)
+    everywhere[np.arange(len(misled)), misled.poke] = False
+    figures = evaluate.flow_figures(misled, everywhere)
+    assert figures["copy_radius"] == 0
+    assert figures["copy"] == figures["no_motion"]
+
+
+def test_intersection_over_union() -> None:
+    a, b = np.array([[1, 1, 0], [0, 0, 0]], bool), np.array([[0, 1, 1], [0, 0, 0]], bool)
+    assert evaluate.intersection_over_union(a, b) == pytest.approx([1 / 3, 0])
+
+
+def test_variational_kl() -> None:
+    rng = np.random.default_rng(0)
+
+    def mixture() -> FlowMixture:
+        weights = rng.dirichlet(np.ones(3), 5)
+        tril = np.tril(rng.normal(0, 0.1, (5, 3, 2, 2))) + 0.5 * np.eye(2)
+        return FlowMixture(np.log(weights), rng.normal(0, 1, (5, 3, 2)), tril)
+
+    p, q = mixture(), mixture()
+    assert np.abs(evaluate.variational_kl(p, p)).max() < 1e-12
+    true = p.kl(q, "monte_carlo", samples=20000)
+    assert np.corrcoef(evaluate.variational_kl(p, q), true)[0, 1] > 0.9
+    single = [m.modes() for m in (p, q)]
+    single = [FlowMixture(np.zeros((5, 1)), m.means[:, :1], m.scale_tril[:, :1]) for m in single]
+    assert np.allclose(evaluate.variational_kl(*single), single[0].kl(single[1])), "closed form"
+
+
+def test_evaluation_from_model_to_file(run: Path, data: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model.safetensors"
+    shutil.copy(run / "model.safetensors", model)
+    out = tmp_path / "figures.json"
+    evaluate.main(
+        [
+            *("--model", str(model), "--data", str(data), "--scenes", "4", "--out", str(out)),
+            *("--pictures", str(tmp_path / "pictures"), "--save-threshold"),
+        ]
+    )
+    figures = json.loads(out.read_text())
+    for split in ("val", "held_out"):
+        assert figures[split]["generator"] == GENERATOR
+        assert 0 < figures[split]["worlds"] <= figures[split]["scenes"] <= 4
+        picture = cv2.imread(str(tmp_path / "pictures" / f"{split}.png"))
+        assert picture.std() > 10
+        for poke in ("poke_largest", "poke_random"):
+            assert 0 <= figures[split][poke]["iou"]["kl_matched"] <= 1
+    assert set(figures["held_out"]["poke_largest"]["by_kind"]) <= {"lid", "lever", "turntable"}
+
+    chosen = load_model(model).config
+    assert chosen.kl_threshold == figures["thresholds"]["kl_matched"]
+    before, after = (load_file(f) for f in (run / "model.safetensors", model))
+    assert before.keys() == after.keys()
+    for key, tensor in before.items():
+        assert tensor.dtype == after[key].dtype
+        assert torch.equal(tensor, after[key]), key
 
 
 @pytest.mark.parametrize(

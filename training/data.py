@@ -30,7 +30,7 @@ from fpt_model.geometry import (
     displacement_pixels_to_normalised,
     pixels_to_normalised,
 )
-from sim.dataset import StoredSample, read_sample
+from sim.dataset import FORMAT, StoredSample, read_sample
 from training.config import DataConfig, RunConfig
 
 log = logging.getLogger("training")
@@ -41,9 +41,11 @@ _MAX_FLOW = 1.0  # image sides; motions beyond (points that pass the camera) are
 class Shards:
     """Random access to the samples of all WebDataset shards of a split, in a fixed order.
 
-    Raises FileNotFoundError if there are none, ValueError naming the files if those present are not
-    those of the split's manifest. Without a manifest (the shards are still being made) the shards
-    present are taken as they are.
+    Without a manifest (the shards are still being made) those present are taken as they are.
+
+    Raises:
+        FileNotFoundError: there are none.
+        ValueError: the manifest has another format or, naming them, lists other files.
     """
 
     def __init__(self, folder: str | os.PathLike[str], split: str) -> None:
@@ -66,6 +68,8 @@ class Shards:
             log.warning("no %s: taking the %d shards that are there", path, len(self.files))
             return {}
         manifest = json.loads(path.read_text())
+        if manifest["format"] != FORMAT:
+            raise ValueError(f"{path} has format {manifest['format']}, expected {FORMAT}")
         listed, found = {s["file"] for s in manifest["shards"]}, {f.name for f in self.files}
         if listed != found:
             raise ValueError(
@@ -82,10 +86,10 @@ class Shards:
         return self.manifest.get("generator")
 
     @cached_property
-    def worlds(self) -> int:
-        """Number of distinct worlds; several images, with other looks, show the same one."""
+    def worlds(self) -> list[tuple[str, int]]:
+        """(kind, seed) of the world of each image; several images may show the same one."""
         metas = (json.loads(self._read(i, "meta.json")) for i in range(len(self)))
-        return len({(meta["kind"], meta["seed"]) for meta in metas})
+        return [(meta["kind"], meta["seed"]) for meta in metas]
 
     def _read(self, index: int, extension: str) -> bytes:
         number, entry = self._samples[index]
