@@ -238,7 +238,7 @@ def test_dense_outputs_cover_the_image_pixel_by_pixel(user: User) -> None:
 
     assert expected.flow.shape == (HEIGHT, WIDTH, 2)
     flow = close("flow", "32FC2", expected.flow, TOLERANCE_PX)
-    influence = close("influence", "32FC1", expected.influence, 1e-2)
+    influence = close("influence", "32FC1", expected.influence, 1e-3)
     close("flow_color", "rgb8", flow_to_color(flow), 3)
     mask = image_to_array(user.receive("mask", header, lambda m: any(m.data)))
     np.testing.assert_array_equal(mask, 255 * (influence > user.predictor.config.kl_threshold))
@@ -374,6 +374,8 @@ def test_bad_queries_are_named(user: User) -> None:
     ):
         user.send_queries(xy)
         user.expect_error("queries", *words)
+    user.client.publish("/queries", QueryArray(xy=flat_array("f", np.ones(3, np.float32))))
+    user.expect_error("queries", "received 3 values")
     user.check_alive()
 
 
