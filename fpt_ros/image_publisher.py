@@ -16,7 +16,7 @@ from fpt_ros.images import array_to_image
 from fpt_ros.parameters import Spec, declare_parameters
 from fpt_ros.spin import run
 
-_PARAMETERS = (
+PARAMETERS = (
     Spec("file", "", "The picture, in any format that OpenCV reads.", read_only=True),
     Spec("rate_hz", 10.0, "Images a second, 1/s.", 0.1, 120.0, read_only=True),
     Spec("frame_id", "camera_optical_frame", "Frame of the images.", read_only=True),
@@ -28,7 +28,7 @@ class ImagePublisher(Node):
 
     def __init__(self) -> None:
         super().__init__("image_publisher")
-        declare_parameters(self, _PARAMETERS)
+        declare_parameters(self, PARAMETERS)
         file = self.get_parameter("file").value
         if not file:
             raise ValueError("the parameter file is empty, expected the path of a picture")

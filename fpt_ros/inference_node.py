@@ -91,7 +91,7 @@ class HeldImage:
 
 
 class FptNode(LifecycleNode):
-    """See the module's description; topics and parameters are listed in the README."""
+    """See the module's description; docs/ lists the topics and parameters."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__("fpt", **kwargs)

@@ -22,7 +22,7 @@ from fpt_ros.parameters import Spec, declare_parameters
 from fpt_ros.pokes import Pokes
 from fpt_ros.spin import run
 
-_PARAMETERS = (
+PARAMETERS = (
     Spec(
         "pokes",
         "",
@@ -39,7 +39,7 @@ class PokePublisher(Node):
 
     def __init__(self) -> None:
         super().__init__("poke_publisher")
-        declare_parameters(self, _PARAMETERS)
+        declare_parameters(self, PARAMETERS)
         self._msg: PokeArray | None = None
         own = self.get_parameter("pokes").value.split()
         if own:

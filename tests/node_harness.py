@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,12 +12,12 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import rclpy
 import torch
 from rclpy.executors import SingleThreadedExecutor
-from rclpy.qos import QoSProfile, ReliabilityPolicy
+from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
 
 from fpt_model import FlowPokeTransformer, FPTConfig, save_model
 from fpt_ros import environment
@@ -49,6 +50,28 @@ def save_small_model(path: Path) -> Path:
                 parameter.add_(0.1 * torch.randn_like(parameter))
     save_model(model, path)
     return path
+
+
+class Topic(NamedTuple):
+    """A topic as a node uses it."""
+
+    name: str
+    direction: str  # "in" or "out"
+    type: str
+    qos: str
+
+
+def documented_topics(executable: str, node: str, namespace: str = "") -> set[Topic]:
+    """What docs/messages.md says of a node, with full names."""
+    page = (ROOT / "docs" / "messages.md").read_text()
+    section = page.split(f"\n## {executable}\n")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| `(\S+)` \| (in|out) \| `(\S+)` \| ([^|]+) \|", section, re.MULTILINE)
+
+    def full(name: str) -> str:
+        name = name.replace("~", node)
+        return name if name.startswith("/") else f"{namespace}/{name}"
+
+    return {Topic(full(name), *others) for name, *others in rows}
 
 
 class Process:
@@ -175,6 +198,32 @@ class Client:
             explain=lambda: f"nobody publishes {topic}",
         )
 
+    def topics_of(self, node: str, namespace: str = "/") -> set[Topic]:
+        """The topics of another node, as discovery shows them; without those of every node."""
+        found = set()
+        for direction, name_all, inform in (
+            (
+                "in",
+                self.node.get_subscriber_names_and_types_by_node,
+                self.node.get_subscriptions_info_by_topic,
+            ),
+            (
+                "out",
+                self.node.get_publisher_names_and_types_by_node,
+                self.node.get_publishers_info_by_topic,
+            ),
+        ):
+            for name, _ in name_all(node, namespace):
+                for info in inform(name):
+                    if (info.node_name, info.node_namespace) == (node, namespace):
+                        qos = info.qos_profile
+                        reliable = qos.reliability == ReliabilityPolicy.RELIABLE
+                        latched = qos.durability == DurabilityPolicy.TRANSIENT_LOCAL
+                        words = ("reliable" if reliable else "best effort") + ", latched" * latched
+                        kind = info.topic_type.replace("/msg/", "/")
+                        found.add(Topic(name, direction, kind, words))
+        return {topic for topic in found if not topic.name.endswith(_OF_EVERY_NODE)}
+
     def call(self, srv_type: type, name: str, request: Any, timeout_s: float = 30.0) -> Any:
         """Call a service; returns its response."""
         client = self.node.create_client(srv_type, name)
@@ -206,4 +255,5 @@ class Client:
         return found[0]
 
 
+_OF_EVERY_NODE = ("/rosout", "/parameter_events", "/transition_event", "/clock")
 SENSOR_QOS = QoSProfile(depth=1, reliability=ReliabilityPolicy.BEST_EFFORT)

@@ -14,14 +14,15 @@ import yaml
 
 pytest.importorskip("fpt_msgs")
 
-from node_harness import ROOT, Client, Process, save_small_model
+from node_harness import ROOT, Client, Process, documented_topics, save_small_model
 from rclpy.qos import DurabilityPolicy, QoSProfile
 from sensor_msgs.msg import CameraInfo, Image
 
 from fpt_msgs.msg import FlowDistribution, PokeArray
+from fpt_ros import image_publisher, poke_publisher
 from fpt_ros.environment import claim_domain_id
 from fpt_ros.images import image_to_array
-from fpt_ros.parameters import FPT_PARAMETERS
+from fpt_ros.parameters import FPT_PARAMETERS, Spec
 from sim.camera_node import _PARAMETERS as CAMERA_PARAMETERS
 
 LAUNCH_FILES = ("fpt.launch.py", "sim.launch.py")
@@ -44,6 +45,31 @@ def test_the_parameter_file_holds_all_parameters_with_their_defaults() -> None:
     assert {k: type(v) for k, v in values.items()} == {
         spec.name: type(spec.default) for spec in FPT_PARAMETERS
     }
+
+
+def documented(spec: Spec) -> str:
+    """A parameter's row in docs/parameters.md."""
+    default = str(spec.default).lower() if isinstance(spec.default, bool) else spec.default
+    span = "" if spec.minimum is None else f"{spec.minimum:,.10g} to {spec.maximum:,.10g}"
+    when = "at start" if spec.read_only else "unconfigured" if spec.fixed else "any time"
+    kind = type(spec.default).__name__
+    return f"| `{spec.name}` | {kind} | {default} | {span} | {when} | {spec.description} |"
+
+
+@pytest.mark.parametrize(
+    ("executable", "specs"),
+    [
+        ("fpt_node", FPT_PARAMETERS),
+        ("sim_camera_node", CAMERA_PARAMETERS),
+        ("image_publisher", image_publisher.PARAMETERS),
+        ("poke_publisher", poke_publisher.PARAMETERS),
+    ],
+)
+def test_documentation_lists_each_parameter(executable: str, specs: tuple[Spec, ...]) -> None:
+    page = (ROOT / "docs" / "parameters.md").read_text()
+    section = page.split(f"\n## {executable}")[1].split("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("| `")]
+    assert rows == [documented(spec) for spec in specs]
 
 
 def test_parameters_are_described_and_bounded() -> None:
@@ -133,6 +159,7 @@ def test_sim_launch_answers_the_suggested_poke(tmp_path: Path) -> None:
         assert (image.encoding, image.width, image.height) == ("rgb8", 160, 120)
         assert (info.k[2], info.k[5]) == ((160 - 1) / 2, (120 - 1) / 2)
         assert client.next("/depth").encoding == "32FC1"
+        assert client.topics_of("sim_camera") == documented_topics("sim_camera_node", "sim_camera")
         end(process)
     check_truth(flow, client.received["/sim_camera/true_mask"][0], poke)
 

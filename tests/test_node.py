@@ -22,6 +22,7 @@ from node_harness import (
     SENSOR_QOS,
     Client,
     Process,
+    documented_topics,
     python_module,
     save_small_model,
     wait_until,
@@ -471,6 +472,11 @@ def test_lifecycle_and_laziness(model: Path) -> None:
         node.wait_for("transition 3 is impossible in state 'unconfigured', expected one of: 1")
         assert set_model().successful
         assert change(Transition.TRANSITION_CONFIGURE)
+        documented = documented_topics("fpt_node", "fpt", "/left")
+        wait_until(
+            lambda: client.topics_of("fpt", "/left") == documented,
+            explain=lambda: f"differing: {client.topics_of('fpt', '/left') ^ documented}",
+        )
         refused = set_model()
         assert not refused.successful
         assert "unconfigured" in refused.reason

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: MIT
 """Conversion of pokes, queries and distributions, and the refusal of bad ones."""
 
+import re
+
 import numpy as np
 import pytest
 
 pytest.importorskip("fpt_msgs")
 
+from node_harness import ROOT
 from std_msgs.msg import Header
 
 from fpt_model import FlowMixture
@@ -95,6 +98,18 @@ def test_distribution_round_trip() -> None:
     np.testing.assert_allclose(received.weights, sent.weights, atol=1e-6)
     np.testing.assert_allclose(received.means, sent.means, atol=1e-5)
     np.testing.assert_allclose(received.scale_tril, sent.scale_tril, atol=1e-5)
+
+
+def test_the_documented_way_to_read_a_distribution() -> None:
+    page = (ROOT / "docs" / "messages.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    msg = distribution_to_msg(mixture(3), np.arange(6.0).reshape(3, 2), (48, 64), Header())
+    read = {"msg": msg}
+    exec(code, read)
+    queries, expected = distribution_from_msg(msg)
+    np.testing.assert_array_equal(read["queries"], queries)
+    np.testing.assert_allclose(read["covariances"], expected.component_covariances(), rtol=1e-4)
+    np.testing.assert_allclose(read["most_likely"], expected.modes().means[:, 0], rtol=1e-6)
 
 
 def test_distribution_lengths_are_checked() -> None:
