@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import typer
 
 from fpt_ros.commands.arguments import UserError
+from fpt_ros.commands.convert import convert
 from fpt_ros.commands.predict import predict
 
 app = typer.Typer(
@@ -19,12 +20,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+app.command()(convert)
 app.command()(predict)
-
-
-@app.callback()
-def _fpt() -> None:
-    """Keeps ``predict`` a sub-command while it is the only one."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

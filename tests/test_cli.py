@@ -15,6 +15,8 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 import pytest
+import reference_weights
+import torch
 from node_harness import save_small_model
 
 from fpt_model import FlowMixture, FlowPredictor, load_model
@@ -252,3 +254,37 @@ def test_help_describes_every_option(run):
     text = run("predict", "--help").stdout
     for option in ("--poke", "--query", "--grid", "--out", "--model", "--moving-camera", "--json"):
         assert re.search(rf"{option}.*  \w", text), option
+
+
+class TestConvert:
+    def test_published_layout_to_safetensors(self, run: Run, tmp_path: Path) -> None:
+        """A seeded state dict of the public implementation, as its checkpoint files hold it."""
+        shapes = json.loads((Path(__file__).parent / "data" / "parity_shapes.json").read_text())
+        state = reference_weights.state_dict(77, shapes)
+        source, out = tmp_path / "small.pt", tmp_path / "small.safetensors"
+        torch.save({"model": state, "step": 3}, source)
+        result = run("convert", source, out)
+        # the published file is fpt-base: a smaller one is refused at its first tensor
+        assert result.returncode == 2
+        assert "encoder.backbone" in result.stderr
+        assert "expected" in result.stderr
+        assert not out.exists()
+
+    def test_other_types_and_mistakes(self, run: Run, folder: Path, tmp_path: Path) -> None:
+        model_file, out = folder / "small.safetensors", tmp_path / "half.safetensors"
+        result = run("convert", model_file, out, "--dtype", "float16")
+        assert result.returncode == 0, result.stderr
+        assert "as float16" in result.stdout
+        assert "licence of the weights MIT" in result.stdout
+        whole, half = load_model(model_file).state_dict(), load_model(out).state_dict()
+        for key, value in whole.items():
+            assert torch.equal(half[key], value.half().float()), key
+        for arguments, message in (
+            ((model_file, out), "exists already"),
+            ((model_file, tmp_path / "x.pt"), "must end with .safetensors, received"),
+            ((model_file, tmp_path / "y.safetensors", "--dtype", "int8"), "received 'int8'"),
+            ((tmp_path / "none.pt", tmp_path / "y.safetensors"), "none.pt"),
+        ):
+            result = run("convert", *arguments)
+            assert result.returncode == 2
+            assert message in result.stderr
