@@ -28,9 +28,10 @@ class FPTConfig:
     image_mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of RGB in [0, 1]
     image_std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     fit: Fit = "crop"  # how a non-square image becomes square, see fpt_model.geometry
-    # cross-attention memory: the feature map averaged over squares of this side, in cells. Above 1
-    # what is at a point is seen sharper than what is elsewhere.
-    memory_pooling: int = 1
+    # convolutional encoders see locally: their coarser maps become tokens of a small transformer in
+    # which each cell sees the whole image; the finest map only serves what is at a point
+    context_width: int = 192  # channels of such a token
+    context_depth: int = 2  # transformer blocks
     # --- poke transformer ----------------------------------------------------------------------
     width: int = 192  # channels of a token
     depth: int = 4  # layers
@@ -56,8 +57,8 @@ class FPTConfig:
 
     def __post_init__(self) -> None:
         for name in (
-            *("image_size", "memory_pooling", "width", "depth", "head_dim"),
-            *("ffn_expand", "components"),
+            *("image_size", "context_width", "context_depth", "width", "depth"),
+            *("head_dim", "ffn_expand", "components"),
         ):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from types import ModuleType
 
 import numpy as np
@@ -13,6 +14,17 @@ from torch import Tensor, nn
 
 from fpt_model.config import FPTConfig
 from fpt_model.geometry import ModelView
+from fpt_model.layers import (
+    AxialRoPE,
+    RMSNorm,
+    Rotation,
+    attend,
+    grid_positions,
+    merge_heads,
+    rotate,
+    scaled_cosine,
+    split_heads,
+)
 
 _torchvision_stub: torch.library.Library | None = None
 
@@ -70,12 +82,69 @@ def resize_square(x: Tensor, side: int) -> Tensor:
     return F.interpolate(x, (side, side), mode="bilinear", align_corners=False, antialias=True)
 
 
-class ImageEncoder(nn.Module):
-    """Image in [-1, 1] to a feature map.
+class ContextBlock(nn.Module):
+    """A transformer block over a map's cells: self-attention and SwiGLU, pre-norm, residual."""
 
-    Works with timm's vision transformers (class and register tokens are dropped, after the final
-    norm) and with its convolutional ``features_only`` backbones, whose maps (``out_indices``) are
-    brought to the size of the finest and concatenated.
+    def __init__(self, config: FPTConfig) -> None:
+        super().__init__()
+        w = config.context_width
+        self.heads, hidden = w // config.head_dim, w * config.ffn_expand
+        self.attention_norm, self.ffn_norm = (RMSNorm(w, eps=1e-6) for _ in range(2))
+        self.scale = nn.Parameter(torch.full((self.heads,), 10.0))
+        self.qkv = nn.Linear(w, 3 * w, bias=False)
+        self.out = nn.Linear(w, w, bias=False)
+        self.ffn_up = nn.Linear(w, 2 * hidden, bias=False)
+        self.ffn_down = nn.Linear(hidden, w, bias=False)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.ffn_down.weight)
+
+    def forward(self, x: Tensor, rotation: Rotation) -> Tensor:
+        """``x [B, T, W]`` with the rotary embedding of its cells."""
+        qkv = self.qkv(self.attention_norm(x)).chunk(3, -1)
+        q, k, v = (split_heads(t, self.heads) for t in qkv)
+        q, k = (rotate(scaled_cosine(t, self.scale), rotation) for t in (q, k))
+        x = x + self.out(merge_heads(attend(q, k, v)))
+        value, gate = self.ffn_up(self.ffn_norm(x)).chunk(2, -1)
+        return x + self.ffn_down(value * F.silu(gate))
+
+
+class ContextEncoder(nn.Module):
+    """Lets the cells of convolutional maps see each other: what belongs together is not local."""
+
+    def __init__(self, config: FPTConfig, channels: list[int]) -> None:
+        super().__init__()
+        w = config.context_width
+        if w % config.head_dim:
+            raise ValueError(
+                f"context_width must be a multiple of head_dim = {config.head_dim}, received {w}"
+            )
+        self.norms = nn.ModuleList(nn.LayerNorm(c) for c in channels)
+        self.project = nn.Linear(sum(channels), w, bias=False)
+        self.rope = AxialRoPE(w // config.head_dim, config.head_dim)
+        self.blocks = nn.ModuleList(ContextBlock(config) for _ in range(config.context_depth))
+        self.norm_out = RMSNorm(w, eps=1e-6)
+
+    def forward(self, maps: list[Tensor]) -> Tensor:
+        """``maps`` (``[B, C_i, h_i, w_i]``, finest first) to ``[B, W, h_0, w_0]``."""
+        h, w = maps[0].shape[-2:]
+        normed = [
+            norm(m.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+            for norm, m in zip(self.norms, maps, strict=True)
+        ]
+        resized = [F.interpolate(m, (h, w), mode="bilinear") for m in normed[1:]]
+        x = self.project(torch.cat([normed[0], *resized], 1).flatten(2).transpose(1, 2))
+        rotation = self.rope(grid_positions(h, w, x.device)[None])
+        for block in self.blocks:
+            x = block(x, rotation)
+        return self.norm_out(x).transpose(1, 2).unflatten(2, (h, w))
+
+
+class ImageEncoder(nn.Module):
+    """Image in [-1, 1] to feature maps, of which the last is the cross-attention's memory.
+
+    timm's vision transformers give one map (class and register tokens are dropped, after the final
+    norm). timm's convolutional ``features_only`` backbones give two: the finest of their
+    ``out_indices``, and the others seen by a :class:`ContextEncoder`.
     """
 
     mean: Tensor
@@ -83,32 +152,36 @@ class ImageEncoder(nn.Module):
 
     def __init__(self, config: FPTConfig) -> None:
         super().__init__()
-        kwargs = dict(config.encoder_kwargs)
-        if not kwargs.get("features_only"):
+        kwargs = copy.deepcopy(config.encoder_kwargs)  # timm writes into nested ones
+        self.convolutional = bool(kwargs.get("features_only"))
+        if not self.convolutional:
             kwargs.update(img_size=config.image_size, num_classes=0, global_pool="")
         self.backbone = import_timm().create_model(config.encoder, pretrained=False, **kwargs)
-        if kwargs.get("features_only"):
-            self.dim = sum(self.backbone.feature_info.channels())
-            # a vision transformer ends with its norm; a convolutional map's scale is arbitrary
-            self.norm = nn.LayerNorm(self.dim)
+        if self.convolutional:
+            finest, *others = self.backbone.feature_info.channels()
+            if not others:
+                raise ValueError(
+                    "a convolutional encoder needs at least two out_indices, received "
+                    f"{kwargs.get('out_indices')}"
+                )
+            self.norm = nn.LayerNorm(finest)  # a convolutional map's scale is arbitrary
+            self.context = ContextEncoder(config, others)
+            self.dims = [finest, config.context_width]
         else:
-            self.dim = int(self.backbone.num_features)
+            self.dims = [int(self.backbone.num_features)]
         self.register_buffer(
             "mean", torch.tensor(config.image_mean).view(3, 1, 1), persistent=False
         )
         self.register_buffer("std", torch.tensor(config.image_std).view(3, 1, 1), persistent=False)
 
-    def forward(self, image: Tensor) -> Tensor:
-        """``[B, 3, S, S]`` in [-1, 1] to ``[B, C, h, w]``."""
+    def forward(self, image: Tensor) -> list[Tensor]:
+        """``[B, 3, S, S]`` in [-1, 1] to maps ``[B, C_i, h_i, w_i]`` with ``C_i`` of ``dims``."""
         x = ((image + 1) / 2 - self.mean) / self.std
-        if not hasattr(self.backbone, "forward_features"):
-            maps = self.backbone(x)
-            size = maps[0].shape[-2:]
-            x = torch.cat(
-                [maps[0], *(F.interpolate(m, size, mode="bilinear") for m in maps[1:])], 1
-            )
-            return self.norm(x.movedim(1, -1)).movedim(-1, 1)
+        x = x.to(next(self.backbone.parameters()).dtype)
+        if self.convolutional:
+            finest, *others = self.backbone(x.contiguous(memory_format=torch.channels_last))
+            finest = self.norm(finest.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+            return [finest, self.context(others)]
         tokens = self.backbone.forward_features(x)  # [B, prefix + h * w, C]
         tokens = tokens[:, self.backbone.num_prefix_tokens :]
-        h, w = self.backbone.patch_embed.grid_size
-        return tokens.transpose(1, 2).unflatten(2, (h, w))
+        return [tokens.transpose(1, 2).unflatten(2, self.backbone.patch_embed.grid_size)]

@@ -3,8 +3,8 @@
 Interactions", ICCV 2025): from an image and pokes to the raw parameters of a mixture over motion.
 
 Attention is query-causal: poke i sees pokes 0..i, a query sees a prefix of the pokes and itself,
-never another query. Pokes therefore never depend on queries, so the model runs as two streams: the
-pokes once, giving keys and values for each layer, then any number of queries against them.
+never another query. So pokes never depend on what comes after them: their keys and values are kept
+(:class:`PokeContext`), and more pokes, or any number of queries, are run against them.
 
 Shapes: B images, P pokes, Q queries, N image tokens, W width, H heads, E = W / H, D flow dims.
 Positions are in model coordinates: [0, 1]^2 over the model's square input, (x, y), y down.
@@ -21,6 +21,18 @@ from torch import Tensor, nn
 
 from fpt_model.config import FPTConfig
 from fpt_model.encoder import ImageEncoder
+from fpt_model.layers import (
+    AxialRoPE,
+    RMSNorm,
+    Rotation,
+    attend,
+    grid_positions,
+    merge_heads,
+    rotate,
+    sample_maps,
+    scaled_cosine,
+    split_heads,
+)
 
 KeyValue = tuple[Tensor, Tensor]  # [B, H, T, E] each
 
@@ -29,95 +41,72 @@ KeyValue = tuple[Tensor, Tensor]  # [B, H, T, E] each
 class ImageFeatures:
     """What the transformer needs of an image; made once, shared by every poke and query."""
 
-    feat: Tensor  # [B, C, h, w]
+    maps: list[Tensor]  # [B, C_i, h_i, w_i], sampled at tokens' positions; finest first
     memory: list[KeyValue]  # a layer's cross-attention keys (rotated) and values
 
 
 @dataclass(frozen=True)
 class PokeContext:
-    """What the queries need of the pokes."""
+    """What later pokes and queries need of the pokes so far.
 
-    keys_values: list[KeyValue]  # a layer's self-attention keys (rotated) and values
-    hidden: Tensor  # [B, P, W] after the last layer
+    Appending makes a new context. One that has room (:meth:`with_room`) is written to in place, so
+    of those only the newest may be used.
+    """
+
+    # a layer's self-attention keys (rotated) and values, [B, H, P + room, E]
+    keys_values: list[KeyValue]
+    pokes: int  # P
+
+    def with_room(self, batch: int, room: int) -> PokeContext:
+        """A copy of a context of one row for ``batch`` rows and ``room`` further pokes."""
+
+        def copy(x: Tensor) -> Tensor:
+            out = x.new_empty(batch, x.shape[1], self.pokes + room, x.shape[3])
+            out[:, :, : self.pokes] = x[:, :, : self.pokes]
+            return out
+
+        return PokeContext([(copy(k), copy(v)) for k, v in self.keys_values], self.pokes)
+
+
+def append(past: Tensor | None, pokes: int, new: Tensor) -> Tensor:
+    """``new [B, H, P, E]`` behind the first ``pokes`` of ``past``, in place where that has room."""
+    if past is None:
+        return new
+    end = pokes + new.shape[2]
+    if past.shape[2] < end:
+        return torch.cat([past[:, :, :pokes], new], 2)
+    past[:, :, pokes:end] = new
+    return past
 
 
 class AdaRMSNorm(nn.Module):
     """RMS norm whose scale ``1 + A c`` depends on the conditioning ``c [B, W]``."""
+
+    EPS = 1e-6
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.linear = nn.Linear(width, width, bias=False)
         nn.init.zeros_(self.linear.weight)
 
+    def scale(self, cond: Tensor) -> Tensor:
+        """``[B, W]``."""
+        return 1 + self.linear(cond)
+
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:
-        return F.rms_norm(x, x.shape[-1:], eps=1e-6) * (1 + self.linear(cond))[:, None]
+        return F.rms_norm(x, x.shape[-1:], eps=self.EPS) * self.scale(cond)[:, None]
 
 
-class RMSNorm(nn.RMSNorm):
-    """RMS norm with a learned weight, which follows the input's type under autocast."""
+def attend_causally(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The last ``T`` pokes ``q [B, H, T, E]`` attend to all before and to themselves.
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
-
-
-class AxialRoPE(nn.Module):
-    """2-D axial rotary embedding; frequencies pi..10 pi spread over all heads of a layer."""
-
-    freqs: Tensor
-
-    def __init__(self, heads: int, head_dim: int) -> None:
-        super().__init__()
-        slots = head_dim // 4
-        n = heads * slots
-        freqs = math.pi * 10 ** (torch.arange(n, dtype=torch.float64) / n)
-        # head h, slot j uses frequency j * heads + h
-        self.register_buffer(
-            "freqs", freqs.view(slots, heads).T.float().contiguous(), persistent=False
-        )
-
-    def forward(self, pos: Tensor) -> Tensor:
-        """Positions ``[B, T, 2]`` to angles ``[B, H, T, E / 2]``: y's first, then x's."""
-        s = (2 * pos.float() - 1)[:, None, :, :, None]  # [B, 1, T, 2, 1]
-        angles = s * self.freqs[:, None, None]  # [B, H, T, 2, slots]
-        return torch.cat([angles[..., 1, :], angles[..., 0, :]], dim=-1)
-
-
-def rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """Rotate the pairs ``(p, p + E / 2)`` of ``x [B, H, T, E]`` by ``angles [B, H, T, E / 2]``."""
-    a, b = x.float().chunk(2, dim=-1)
-    cos, sin = angles.cos(), angles.sin()
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
-
-
-def scaled_cosine(x: Tensor, scale: Tensor) -> Tensor:
-    """``x [B, H, T, E]`` with length ``sqrt(|scale|)``, so that ``q . k`` is a scaled cosine."""
-    x32 = x.float()
-    length = scale.abs().add(1e-6).sqrt()[:, None, None]
-    return (x32 * (length * torch.rsqrt(x32.square().sum(-1, keepdim=True) + 1e-6))).to(x.dtype)
-
-
-def split_heads(x: Tensor, heads: int) -> Tensor:
-    """``[B, T, W]`` to ``[B, H, T, E]``; heads are contiguous blocks of channels."""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
-
-
-def merge_heads(x: Tensor) -> Tensor:
-    """``[B, H, T, E]`` to ``[B, T, W]``."""
-    return x.transpose(1, 2).flatten(2)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Plain softmax attention without a temperature (the cosine scale is already in q and k).
-
-    ``mask`` is additive. Written out because its backward is several times faster on the CPU than
-    that of the fused kernel; without gradients the fused kernel saves the memory of the weights.
+    ``k, v [B, H, P, E]`` are those of all pokes, P >= T.
     """
-    if not torch.is_grad_enabled():
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
-    logits = q @ k.transpose(-1, -2)
-    if mask is not None:
-        logits = logits + mask
-    return logits.softmax(-1).to(v.dtype) @ v
+    t, p = q.shape[2], k.shape[2]
+    mask = None
+    if t > 1:  # a single new poke sees all
+        mask = torch.full((t, p), -torch.inf, dtype=q.dtype, device=q.device).triu(p - t + 1)
+    return attend(q, k, v, mask)
 
 
 def attend_pokes_and_self(
@@ -156,54 +145,58 @@ class Layer(nn.Module):
         nn.init.zeros_(self.self_out.weight)
         nn.init.zeros_(self.ffn_down.weight)
 
-    def image_memory(self, tokens: Tensor, angles: Tensor) -> KeyValue:
+    def image_memory(self, tokens: Tensor, rotation: Rotation) -> KeyValue:
         """Cross-attention keys and values of image tokens ``[B, N, C]``."""
         k, v = (split_heads(t, self.heads) for t in self.cross_kv(tokens).chunk(2, -1))
-        return rotate(scaled_cosine(k, self.cross_scale), angles), v
+        return rotate(scaled_cosine(k, self.cross_scale), rotation), v
 
     def forward(
         self,
         x: Tensor,
-        angles: Tensor,
+        pokes: int,
+        rotation: Rotation,
         cond: Tensor,
         memory: KeyValue,
-        pokes: KeyValue | None = None,
+        past: KeyValue | tuple[None, None] = (None, None),
+        known: int = 0,
         hidden: Tensor | None = None,
     ) -> tuple[Tensor, KeyValue]:
-        """``x [B, T, W]`` are queries if ``pokes`` are given, else the pokes themselves.
+        """One pass over ``x [B, T, W]``: first ``pokes`` new pokes, then queries.
 
-        Returns the new ``x`` and its own self-attention keys and values.
+        ``past`` are self-attention keys and values of ``known`` earlier pokes, ``hidden [Q, P]`` as
+        in :func:`attend_pokes_and_self`. Returns the new ``x``, and ``past`` with the new ones.
         """
-        q, k, v = (
-            split_heads(t, self.heads) for t in self.self_qkv(self.self_norm(x, cond)).chunk(3, -1)
-        )
-        q = rotate(scaled_cosine(q, self.self_scale), angles)
-        k = rotate(scaled_cosine(k, self.self_scale), angles)
-        if pokes is None:
-            t = x.shape[1]
-            causal = torch.full((t, t), -torch.inf, dtype=q.dtype, device=q.device).triu(1)
-            attended = attend(q, k, v, causal)
-        else:
-            attended = attend_pokes_and_self(q, k, v, pokes, hidden)
-        x = x + self.self_out(merge_heads(attended))
+        qkv = self.self_qkv(self.self_norm(x, cond)).chunk(3, -1)
+        q, k, v = (split_heads(t, self.heads) for t in qkv)
+        q, k = (rotate(scaled_cosine(t, self.self_scale), rotation) for t in (q, k))
+        kept = append(past[0], known, k[:, :, :pokes]), append(past[1], known, v[:, :, :pokes])
+        seen = kept[0][:, :, : known + pokes], kept[1][:, :, : known + pokes]
+        attended = []
+        if pokes:
+            attended.append(attend_causally(q[:, :, :pokes], *seen))
+        if x.shape[1] > pokes or not pokes:
+            qq, qk, qv = (t[:, :, pokes:] for t in (q, k, v))
+            attended.append(attend_pokes_and_self(qq, qk, qv, seen, hidden))
+        x = x + self.self_out(merge_heads(torch.cat(attended, 2)))
 
         cq = split_heads(self.cross_q(self.cross_norm(x, cond)), self.heads)
-        cq = rotate(scaled_cosine(cq, self.cross_scale), angles)
+        cq = rotate(scaled_cosine(cq, self.cross_scale), rotation)
         # no output projection here: the public implementation has one but never applies it
         x = x + merge_heads(self._cross_attend(cq, memory))
 
         value, gate = self.ffn_up(self.ffn_norm(x, cond)).chunk(2, -1)
-        return x + self.ffn_down(value * F.silu(gate)), (k, v)
+        return x + self.ffn_down(value * F.silu(gate)), kept
 
     @staticmethod
     def _cross_attend(q: Tensor, memory: KeyValue) -> Tensor:
         k, v = memory
         if k.shape[0] == q.shape[0]:
             return attend(q, k, v)
-        # many hypotheses on one image: fold them into the query axis, the memory is not repeated
-        b, h, t, e = q.shape
-        folded = q.transpose(0, 1).reshape(1, h, b * t, e)
-        return attend(folded, k, v).reshape(h, b, t, e).transpose(0, 1)
+        # many hypotheses on an image: fold them into the query axis, the memory is not repeated
+        images, t = k.shape[0], q.shape[2]
+        folded = q.unflatten(0, (images, -1)).transpose(1, 2).flatten(2, 3)  # [B, H, F * T, E]
+        out = attend(folded, k, v).unflatten(2, (-1, t))  # [B, H, F, T, E]
+        return out.transpose(1, 2).flatten(0, 1)
 
 
 class ResidualMLP(nn.Sequential):
@@ -235,32 +228,19 @@ class TokenEmbedding(nn.Module):
         self.project = nn.Linear(d * w + image_dim, w, bias=False)
         self.blocks = nn.ModuleList([ResidualMLP(w), ResidualMLP(w)])
 
-    def forward(self, pos: Tensor, flow: Tensor | None, feat: Tensor) -> Tensor:
-        """``pos [B, T, 2]``, ``flow [B, T, D]`` or None for queries -> ``[B, T, W]``."""
-        if flow is None:
-            motion = self.query_token.expand(*pos.shape[:2], -1)
-        else:
-            u = (torch.tanh(self.prescale * flow.float()) + 1) / 2
-            phase = u[..., None] * self.coeffs  # [B, T, D, W / 2]
-            motion = torch.cat([phase.sin(), phase.cos()], -1).flatten(2)
-        local = self._sample(feat, pos)
-        x = self.project(torch.cat([motion.to(local.dtype), local], -1))
+    def forward(
+        self, poke_pos: Tensor, poke_flow: Tensor, query_pos: Tensor, maps: list[Tensor]
+    ) -> Tensor:
+        """Pokes ``[B, P, 2]``, ``[B, P, D]`` and queries ``[B, Q, 2]`` to ``[B, P + Q, W]``."""
+        u = (torch.tanh(self.prescale * poke_flow.float()) + 1) / 2
+        phase = u[..., None] * self.coeffs  # [B, P, D, W / 2]
+        motion = torch.cat([phase.sin(), phase.cos()], -1).flatten(2)  # [B, P, D * W]
+        local = sample_maps(maps, torch.cat([poke_pos, query_pos], 1), self.align_corners)
+        token = self.query_token.to(local.dtype).expand(*query_pos.shape[:2], -1)
+        x = self.project(torch.cat([torch.cat([motion.to(local.dtype), token], 1), local], -1))
         for block in self.blocks:
             x = x + block(x)
         return x
-
-    def _sample(self, feat: Tensor, pos: Tensor) -> Tensor:
-        """Bilinear features ``[B, T, C]`` at ``pos [B, T, 2]``; outside, those of the border."""
-        b, t = pos.shape[:2]
-        points = pos if feat.shape[0] == b else pos.reshape(1, -1, 2)
-        sampled = F.grid_sample(
-            feat.float(),
-            (2 * points.float() - 1)[:, None],
-            mode="bilinear",
-            padding_mode="border",
-            align_corners=self.align_corners,
-        )  # [B, C, 1, T]
-        return sampled[:, :, 0].transpose(1, 2).reshape(b, t, feat.shape[1]).to(feat.dtype)
 
 
 class FlowPokeTransformer(nn.Module):
@@ -272,9 +252,9 @@ class FlowPokeTransformer(nn.Module):
         w = config.width
         self.encoder = ImageEncoder(config)
         self.cond_emb = nn.Embedding(2, w)  # 0: camera moves or unknown, 1: static
-        self.embed = TokenEmbedding(config, self.encoder.dim)
+        self.embed = TokenEmbedding(config, sum(self.encoder.dims))
         self.rope = AxialRoPE(config.heads, config.head_dim)
-        layers = [Layer(config, self.encoder.dim) for _ in range(config.depth)]
+        layers = [Layer(config, self.encoder.dims[-1]) for _ in range(config.depth)]
         self.layers: list[Layer] = nn.ModuleList(layers)  # type: ignore[assignment]
         self.head = nn.Sequential(
             RMSNorm(w, eps=1e-6),
@@ -287,53 +267,51 @@ class FlowPokeTransformer(nn.Module):
 
     def encode(self, image: Tensor) -> ImageFeatures:
         """``[B, 3, S, S]`` in [-1, 1] to features and all layers' cross-attention memory."""
-        feat = self.encoder(image)
-        memory = F.avg_pool2d(feat, self.config.memory_pooling)
-        h, w = memory.shape[-2:]
-        x, y = torch.meshgrid(
-            (torch.arange(w, device=feat.device) + 0.5) / w,
-            (torch.arange(h, device=feat.device) + 0.5) / h,
-            indexing="xy",
-        )
-        angles = self.rope(torch.stack([x, y], -1).view(1, -1, 2))
-        tokens = memory.flatten(2).transpose(1, 2)
-        return ImageFeatures(feat, [layer.image_memory(tokens, angles) for layer in self.layers])
+        return self.features(self.encoder(image))
 
-    def encode_pokes(
-        self, features: ImageFeatures, pos: Tensor, flow: Tensor, camera_static: Tensor
-    ) -> PokeContext:
-        """Run pokes ``pos [B, P, 2]``, ``flow [B, P, D]`` through the layers; P may be 0."""
-        cond, angles = self.cond_emb(camera_static.long()), self.rope(pos)
-        x = self.embed(pos, flow, features.feat)
-        keys_values = []
-        for layer, memory in zip(self.layers, features.memory, strict=True):
-            x, kv = layer(x, angles, cond, memory)
-            keys_values.append(kv)
-        return PokeContext(keys_values, x)
+    def features(self, maps: list[Tensor]) -> ImageFeatures:
+        """What :meth:`encode` makes of the image encoder's ``maps``."""
+        h, w = maps[-1].shape[-2:]
+        rotation = self.rope(grid_positions(h, w, maps[-1].device)[None])
+        tokens = maps[-1].flatten(2).transpose(1, 2)
+        return ImageFeatures(maps, [layer.image_memory(tokens, rotation) for layer in self.layers])
 
-    def decode_queries(
+    def run(
         self,
         features: ImageFeatures,
-        context: PokeContext,
-        pos: Tensor,
+        past: PokeContext | None,
+        poke_pos: Tensor,
+        poke_flow: Tensor,
+        query_pos: Tensor,
         camera_static: Tensor,
         visible: Tensor | None = None,
-    ) -> Tensor:
-        """Raw head outputs ``[B, Q, raw_dim]`` of queries ``pos [B, Q, 2]``.
+    ) -> tuple[Tensor, PokeContext]:
+        """New pokes and queries in one pass through the layers.
 
-        ``visible [Q]`` is the number of leading pokes each query sees; None: all of them.
+        Args:
+            past: the pokes before, or None.
+            poke_pos, poke_flow: ``[B, P, 2]``, ``[B, P, D]``, new pokes; P may be 0.
+            query_pos: ``[B, Q, 2]``; Q may be 0.
+            camera_static: bool ``[B]``.
+            visible: ``[Q]``, the number of leading pokes each query sees; None: all of them.
+
+        Returns the last layer's output for the new pokes, then the queries, ``[B, P + Q, W]``; and
+        the context with the new pokes appended.
         """
-        cond, angles = self.cond_emb(camera_static.long()), self.rope(pos)
-        pokes = context.hidden.shape[1]
+        pokes, known = poke_pos.shape[1], past.pokes if past is not None else 0
         hidden = None
         if visible is not None:
-            hidden = torch.arange(pokes, device=pos.device) >= visible[:, None]
-        x = self.embed(pos, None, features.feat)
-        for layer, memory, kv in zip(
-            self.layers, features.memory, context.keys_values, strict=True
-        ):
-            x, _ = layer(x, angles, cond, memory, kv, hidden)
-        return self.head(x)
+            order = torch.arange(known + pokes, device=query_pos.device)
+            hidden = order >= visible[:, None]
+        cond = self.cond_emb(camera_static.long())
+        rotation = self.rope(torch.cat([poke_pos, query_pos], 1))
+        x = self.embed(poke_pos, poke_flow, query_pos, features.maps)
+        keys_values = []
+        for i, (layer, memory) in enumerate(zip(self.layers, features.memory, strict=True)):
+            before = past.keys_values[i] if past is not None else (None, None)
+            x, kept = layer(x, pokes, rotation, cond, memory, before, known, hidden)
+            keys_values.append(kept)
+        return x, PokeContext(keys_values, known + pokes)
 
     def forward_raw(
         self,
@@ -345,8 +323,8 @@ class FlowPokeTransformer(nn.Module):
         visible: Tensor | None = None,
     ) -> Tensor:
         """Raw head outputs of the queries, ``[B, Q, raw_dim]``: the only thing that is exported."""
-        context = self.encode_pokes(features, poke_pos, poke_flow, camera_static)
-        return self.decode_queries(features, context, query_pos, camera_static, visible)
+        x, _ = self.run(features, None, poke_pos, poke_flow, query_pos, camera_static, visible)
+        return self.head(x[:, poke_pos.shape[1] :])
 
     def forward(
         self,
@@ -357,9 +335,10 @@ class FlowPokeTransformer(nn.Module):
         camera_static: Tensor,
         visible: Tensor | None = None,
     ) -> Tensor:
-        """Training: ``query_pos [B, G, n, 2]``, group g seeing the first ``visible[g]`` pokes.
+        """Training: ``query_pos [B * F, G, n, 2]``, group g seeing the first ``visible[g]`` pokes.
 
-        ``visible [G]`` None is the paper's 0, 1, 2, ... Returns ``[B, G, n, raw_dim]``.
+        F consecutive rows of all but ``image [B, 3, S, S]`` belong to one image. ``visible [G]``
+        None is the paper's 0, 1, 2, ... Returns ``[B * F, G, n, raw_dim]``.
         """
         groups, n = query_pos.shape[1:3]
         if visible is None:

@@ -7,6 +7,7 @@ unit (fractions of the image's width and height). See :mod:`fpt_model.geometry`.
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -16,14 +17,31 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from fpt_model.encoder import preprocess
+from fpt_model.engine import prepare
 from fpt_model.geometry import ModelView, grid
 from fpt_model.mixture import FlowMixture
 from fpt_model.model import FlowPokeTransformer, ImageFeatures, PokeContext, mixture_parameters
 
 Precision = Literal["fp32", "bf16"]
 Reduce = Literal["mean", "mode", "sample"]
+Order = Literal["random", "given"]
 
+_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _QUERY_CHUNK = 4096  # queries in one pass; bounds memory, does not change results
+
+
+@dataclass(frozen=True)
+class KnownPokes:
+    """Pokes that were run already, in model coordinates, and what is kept of them."""
+
+    pos: NDArray[np.float64]  # [P, 2]
+    flow: NDArray[np.float64]  # [P, D]
+    context: PokeContext
+
+    def begin(self, pos: NDArray[np.float64], flow: NDArray[np.float64]) -> bool:
+        """Whether the pokes ``pos [N, 2]``, ``flow [N, D]`` begin with these."""
+        n = len(self.pos)
+        return np.array_equal(pos[:n], self.pos) and np.array_equal(flow[:n], self.flow)
 
 
 @dataclass
@@ -32,6 +50,8 @@ class Scene:
 
     view: ModelView
     features: ImageFeatures
+    # by camera_static: the pokes asked about last, to which further ones are only appended
+    known: dict[bool, KnownPokes] = field(default_factory=dict)
     # the unconditional answers on dense grids, by (grid size, camera_static)
     unconditional: dict[tuple[tuple[int, int], bool], FlowMixture] = field(default_factory=dict)
 
@@ -50,10 +70,12 @@ class FlowPredictor:
     """Answers "if these points move like this, how does that point move?" for encoded images.
 
     Args:
-        model: in eval mode afterwards, moved to ``device``.
+        model: not changed; where types and devices agree its weights are shared.
         backend: "torch".
         device: a torch device, e.g. "cpu" or "cuda".
-        precision: "fp32", or "bf16" (autocast; several times faster on CPUs with AMX).
+        precision: "fp32", or "bf16" (several times faster on CPUs with AMX, half the memory).
+
+    Several threads may use one predictor; what is cached belongs to the scenes.
     """
 
     def __init__(
@@ -65,23 +87,19 @@ class FlowPredictor:
     ) -> None:
         if backend != "torch":
             raise ValueError(f'backend must be "torch", received {backend!r}')
-        if precision not in ("fp32", "bf16"):
+        if precision not in _TYPES:
             raise ValueError(f'precision must be "fp32" or "bf16", received {precision!r}')
         self.device = torch.device(device)
         self.precision: Precision = precision
-        self.model = model.to(self.device).eval()
+        self.model = prepare(model, self.device, _TYPES[precision])
         self.config = model.config
-
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
     @torch.inference_mode()
     def encode(self, image: NDArray[np.uint8]) -> Scene:
         """Encode a uint8 RGB image ``[H, W, 3]``; ValueError for anything else."""
         x = preprocess(image, self.config).to(self.device)
-        with self._autocast():
-            features = self.model.encode(x)
-        return Scene(ModelView(image.shape[0], image.shape[1], self.config.fit), features)
+        view = ModelView(image.shape[0], image.shape[1], self.config.fit)
+        return Scene(view, self.model.encode(x))
 
     def predict(
         self,
@@ -116,35 +134,55 @@ class FlowPredictor:
         """B poke hypotheses ``[B, P, 2]``, ``[B, P, D]`` on one scene: batch shape ``[B, Q]``."""
         pos, flow = self._check_pokes(poke_pos, poke_flow, batched=True)
         queries = _check_points("query_pos", query_pos, 2, batched=False)
-        view, batch = scene.view, pos.shape[0]
-        static = torch.full((batch,), camera_static, device=self.device)
-        with self._autocast():
-            context = self.model.encode_pokes(
-                scene.features,
-                self._tensor(view.to_model(pos)),
-                self._tensor(view.displacement_to_model(flow)),
-                static,
-            )
-            raw = self._decode(
-                scene.features, context, self._tensor(view.to_model(queries)), static
-            )
-        log_weights, means, tril = (t.cpu().numpy() for t in mixture_parameters(raw, self.config))
-        in_model = FlowMixture(log_weights, means, tril)
-        return in_model.scaled(*view.displacement_to_normalised(np.ones(self.config.flow_dim)))
+        view = scene.view
+        if not len(pos):
+            raise ValueError(f"poke_pos must hold at least one hypothesis, received {pos.shape}")
+        raw, _ = self._run(
+            scene,
+            view.to_model(pos),
+            view.displacement_to_model(flow),
+            view.to_model(queries),
+            camera_static,
+        )
+        return self._mixture(raw).scaled(
+            *view.displacement_to_normalised(np.ones(self.config.flow_dim))
+        )
 
-    def _decode(
-        self, features: ImageFeatures, context: PokeContext, queries: Tensor, static: Tensor
-    ) -> Tensor:
-        """``[B, Q, raw_dim]`` in float32, in chunks of queries."""
-        batch = static.shape[0]
-        step = max(1, _QUERY_CHUNK // batch)
-        chunks = [
-            self.model.decode_queries(
-                features, context, chunk.expand(batch, -1, -1), static
-            ).float()
-            for chunk in queries[None].split(step, dim=1)
-        ]
-        return torch.cat(chunks, dim=1)
+    def _mixture(self, raw: Tensor) -> FlowMixture:
+        """In model units."""
+        return FlowMixture(*(t.cpu().numpy() for t in mixture_parameters(raw, self.config)))
+
+    def _run(
+        self,
+        scene: Scene,
+        pos: NDArray[np.float64],
+        flow: NDArray[np.float64],
+        queries: NDArray[np.float64],
+        camera_static: bool,
+    ) -> tuple[Tensor, PokeContext]:
+        """Raw outputs ``[B, Q, raw_dim]`` in float32, and the pokes' context.
+
+        All arguments are in model coordinates, ``[B, P, 2]``, ``[B, P, D]``, ``[Q, 2]``. The new
+        pokes and the first chunk of queries share a pass: few queries read the weights only once.
+        """
+        batch = len(pos)
+        static = torch.full((batch,), int(camera_static), device=self.device)
+        known = scene.known.get(camera_static) if batch == 1 else None
+        if known is not None and not known.begin(pos[0], flow[0]):
+            known = None
+        context = known.context if known is not None else None
+        old = known.context.pokes if known is not None else 0
+        new_pos, new_flow = self._tensor(pos[:, old:]), self._tensor(flow[:, old:])
+        points = self._tensor(queries).expand(batch, -1, -1)
+        chunks = []
+        for chunk in points.split(max(1, _QUERY_CHUNK // batch), dim=1):
+            x, context = self.model.run(scene.features, context, new_pos, new_flow, chunk, static)
+            chunks.append(self.model.head(x[:, new_pos.shape[1] :]).float())
+            new_pos, new_flow = new_pos[:, :0], new_flow[:, :0]
+        assert context is not None  # there is at least one chunk, be it empty
+        if batch == 1 and (known is None or context.pokes > old):
+            scene.known[camera_static] = KnownPokes(pos[0], flow[0], context)
+        return torch.cat(chunks, dim=1), context
 
     def dense(
         self,
@@ -171,6 +209,117 @@ class FlowPredictor:
         else:
             raise ValueError(f'reduce must be "mean", "mode" or "sample", received {reduce!r}')
         return flow.reshape(*size, -1).astype(np.float32)
+
+    def sample(
+        self,
+        scene: Scene,
+        poke_pos: ArrayLike,
+        poke_flow: ArrayLike,
+        query_pos: ArrayLike,
+        num_samples: int = 4,
+        seed: int = 0,
+        order: Order = "random",
+        camera_static: bool = True,
+    ) -> NDArray[np.float64]:
+        """Joint draws of all queries' motions ``[S, Q, D]``, each one coherent future.
+
+        A query is drawn given the pokes and the queries drawn before it (autoregression, Baumann et
+        al. 2025, section 3). Draw s depends on ``seed`` and s, not on how many there are.
+
+        Args:
+            query_pos: ``[Q, 2]``; one pass through the model for each.
+            order: in which the queries are drawn: "random", another one for each s, as in training,
+                or "given".
+
+        Raises ValueError naming the argument for wrong shapes or values.
+        """
+        rngs = [np.random.default_rng([seed, s]) for s in range(num_samples)]
+        queries = _check_points("query_pos", query_pos, 2, batched=False)
+        if order not in ("random", "given"):
+            raise ValueError(f'order must be "random" or "given", received {order!r}')
+        if num_samples < 1:
+            raise ValueError(f"num_samples must be >= 1, received {num_samples}")
+        n = len(queries)
+        orders = np.stack([g.permutation(n) if order == "random" else np.arange(n) for g in rngs])
+        steps = self.sampling_steps(scene, poke_pos, poke_flow, queries[orders], camera_static)
+        drawn = np.empty((num_samples, n, self.config.flow_dim))
+        rows = np.arange(num_samples)
+        flow = None
+        for i in range(n):
+            mixture = steps.send(flow) if flow is not None else next(steps)
+            flow = np.stack([mixture[s].sample(1, rng)[0] for s, rng in enumerate(rngs)])
+            drawn[rows, orders[:, i]] = flow
+        return drawn
+
+    def sampling_steps(
+        self,
+        scene: Scene,
+        poke_pos: ArrayLike,
+        poke_flow: ArrayLike,
+        query_pos: ArrayLike,
+        camera_static: bool = True,
+    ) -> Generator[FlowMixture, NDArray[np.float64], None]:
+        """The steps of :meth:`sample`, for callers who draw, watch or stop in between.
+
+        Yields for query 0, 1, ... of ``query_pos [S, Q, 2]`` its mixture, batch shape ``[S]``, and
+        is sent the motions ``[S, D]`` that the following ones are to be given.
+        """
+        pos, flow = self._check_pokes(poke_pos, poke_flow, batched=False)
+        queries = _check_points("query_pos", query_pos, 2, batched=True)
+        view, (rows, n) = scene.view, queries.shape[:2]
+        scale = view.displacement_to_normalised(np.ones(self.config.flow_dim))
+        none = np.empty((0, 2))
+        with torch.inference_mode():
+            _, context = self._run(
+                scene,
+                view.to_model(pos[None]),
+                view.displacement_to_model(flow[None]),
+                none,
+                camera_static,
+            )
+            context = context.with_room(rows, n)
+            static = torch.full((rows,), int(camera_static), device=self.device)
+            points = self._tensor(view.to_model(queries))
+            last_pos = points[:, :0]
+            last_flow = points.new_empty(rows, 0, self.config.flow_dim)
+        for i in range(n):
+            with torch.inference_mode():
+                point = points[:, i : i + 1]
+                x, context = self.model.run(
+                    scene.features, context, last_pos, last_flow, point, static
+                )
+                mixture = self._mixture(self.model.head(x[:, -1]).float())
+            drawn = yield mixture.scaled(*scale)
+            last_pos = point
+            last_flow = self._tensor(view.displacement_to_model(drawn)[:, None])
+
+    def sample_dense(
+        self,
+        scene: Scene,
+        poke_pos: ArrayLike,
+        poke_flow: ArrayLike,
+        size: tuple[int, int] = (64, 64),
+        coarse: tuple[int, int] = (8, 8),
+        num_samples: int = 4,
+        seed: int = 0,
+        camera_static: bool = True,
+    ) -> NDArray[np.float32]:
+        """Coherent dense futures ``[S, h, w, D]``, coarse to fine.
+
+        A ``coarse`` grid is drawn jointly (:meth:`sample`); the ``size`` grid is then the mean
+        given the pokes and all of these, in one pass.
+        """
+        pos, flow = self._check_pokes(poke_pos, poke_flow, batched=False)
+        points = grid(coarse)
+        drawn = self.sample(
+            scene, pos, flow, points, num_samples, seed, camera_static=camera_static
+        )
+        pokes = [np.concatenate([pos, points])] * num_samples
+        flows = [np.concatenate([flow, d]) for d in drawn]
+        mixture = self.predict_batch(
+            scene, np.stack(pokes), np.stack(flows), grid(size), camera_static
+        )
+        return mixture.mean().reshape(num_samples, *size, -1).astype(np.float32)
 
     def unconditional(
         self, scene: Scene, size: tuple[int, int] = (64, 64), camera_static: bool = True

@@ -2,7 +2,7 @@
 """The model library: coordinates, mixtures, the model's structure, checkpoints, the predictor."""
 
 import dataclasses
-import os
+import json
 import pickle
 from pathlib import Path
 
@@ -20,8 +20,6 @@ from fpt_model import (
     load_model,
     save_model,
 )
-from fpt_model.checkpoint import from_reference
-from fpt_model.encoder import preprocess
 from fpt_model.model import mixture_parameters, negative_log_likelihood
 
 SMALL = FPTConfig(
@@ -36,19 +34,32 @@ SMALL = FPTConfig(
 )
 
 
+CONVOLUTIONAL = dataclasses.replace(
+    SMALL,
+    name="convolutional",
+    encoder="tf_efficientnet_lite0",
+    encoder_kwargs={
+        "features_only": True,
+        "out_indices": [1, 2, 3],
+        "feature_cfg": {"flatten_sequential": True},
+    },
+    context_width=32,
+)
+
+
 def randomised(model: FlowPokeTransformer, seed: int = 0) -> FlowPokeTransformer:
     """Every weight random: at initialisation the residual branches are zero and hide mistakes."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
             noise = torch.randn(p.shape, generator=generator)
-            p.copy_(1 + 0.1 * noise if p.ndim == 1 else noise / p.shape[-1] ** 0.5)
+            p.copy_(1 + 0.1 * noise if p.ndim < 2 else noise / p[0].numel() ** 0.5)
     return model.eval()
 
 
-@pytest.fixture(scope="module")
-def model() -> FlowPokeTransformer:
-    return randomised(FlowPokeTransformer(SMALL))
+@pytest.fixture(scope="module", params=[SMALL, CONVOLUTIONAL], ids=lambda config: config.name)
+def model(request: pytest.FixtureRequest) -> FlowPokeTransformer:
+    return randomised(FlowPokeTransformer(request.param))
 
 
 @pytest.fixture(scope="module")
@@ -214,6 +225,33 @@ class TestModel:
                 alone = model.forward_raw(features, pos[:, :k], flow[:, :k], queries[:, k], static)
                 assert_close(together[:, k].numpy(), alone.numpy(), 1e-5)
 
+    def test_images_serve_consecutive_rows(self, model: FlowPokeTransformer) -> None:
+        """Three futures of each of two images equal the futures of each image by itself."""
+        g = torch.Generator().manual_seed(0)
+        image = torch.rand(2, 3, 32, 32, generator=g) * 2 - 1
+        pos, flow = torch.rand(6, 2, 2, generator=g), torch.randn(6, 2, 2, generator=g) * 0.2
+        queries, static = torch.rand(6, 3, 4, 2, generator=g), torch.arange(6) % 2 == 0
+        with torch.no_grad():
+            together = model(image, pos, flow, queries, static)
+            for i in range(2):
+                own = slice(3 * i, 3 * i + 3)
+                alone = model(image[i : i + 1], pos[own], flow[own], queries[own], static[own])
+                assert_close(together[own].numpy(), alone.numpy(), 1e-4)
+        assert (together[:3] - together[3:]).abs().max() > 1e-2, "the images differ"
+
+    def test_context_reaches_across_the_image(self) -> None:
+        """What a cell of the memory says depends on far cells, the finest map only on near ones."""
+        model = randomised(FlowPokeTransformer(dataclasses.replace(CONVOLUTIONAL, image_size=256)))
+        image = torch.zeros(1, 3, 256, 256)
+        changed = image.clone()
+        changed[..., 240:, 240:] = 1
+        with torch.no_grad():
+            pairs = zip(model.encode(image).maps, model.encode(changed).maps, strict=True)
+            (fine, context) = ((a - b).abs().amax(1)[0] for a, b in pairs)
+        assert fine[:32, :32].max() == 0
+        assert fine.max() > 0
+        assert context[:16, :16].min() > 0
+
     def test_the_flag_matters(self, model: FlowPokeTransformer) -> None:
         features = model.encode(torch.zeros(1, 3, 32, 32))
         none, query = torch.empty(1, 0, 2), torch.rand(1, 4, 2)
@@ -246,6 +284,12 @@ class TestModel:
         with pytest.raises(ValueError, match="must load nothing"):
             FPTConfig.from_dict({**SMALL.to_dict(), **change})
 
+    def test_building_leaves_the_configuration_alone(self) -> None:
+        """timm writes into nested arguments."""
+        before = json.dumps(CONVOLUTIONAL.to_dict())
+        FlowPokeTransformer(CONVOLUTIONAL)
+        assert json.dumps(CONVOLUTIONAL.to_dict()) == before
+
     def test_configuration_rejects_unknown_keys(self) -> None:
         with pytest.raises(ValueError, match="widht"):
             FPTConfig.from_dict({"widht": 3})
@@ -270,6 +314,69 @@ class TestPredictor:
         assert np.abs(batch[1].means - whole.means).max() > 1e-4, "hypotheses are different"
         monkeypatch.setattr("fpt_model.predictor._QUERY_CHUNK", 7)
         assert_mixtures_close(predictor.predict(scene, self.POS, self.FLOW, queries), whole)
+
+    def test_known_pokes_are_not_run_again(
+        self, predictor: FlowPredictor, image: np.ndarray
+    ) -> None:
+        """Whatever was asked before, the answer is that of a fresh scene."""
+        queries = geometry.grid((3, 4))
+        pos, flow = np.random.default_rng(0).random((2, 5, 2))
+        asked = predictor.encode(image)
+        for count, static in ((1, True), (3, True), (3, False), (5, True), (0, True), (2, True)):
+            args = (pos[:count], flow[:count], queries, static)
+            fresh = predictor.predict(predictor.encode(image), *args)
+            assert_mixtures_close(predictor.predict(asked, *args), fresh, 1e-4)
+        assert asked.known[True].context.pokes == 2
+        changed = predictor.predict(asked, pos[:2], -flow[:2], queries)
+        fresh = predictor.predict(predictor.encode(image), pos[:2], -flow[:2], queries)
+        assert_mixtures_close(changed, fresh, 1e-4)
+
+    @pytest.mark.parametrize("order", ["random", "given"])
+    def test_joint_samples(self, predictor: FlowPredictor, image: np.ndarray, order: str) -> None:
+        scene, queries = predictor.encode(image), geometry.grid((2, 3))
+        state = torch.get_rng_state()
+        args = (scene, self.POS, self.FLOW, queries)
+        drawn = predictor.sample(*args, num_samples=3, seed=5, order=order)
+        assert drawn.shape == (3, 6, 2)
+        assert_close(predictor.sample(*args, num_samples=2, seed=5, order=order), drawn[:2], 1e-5)
+        assert (
+            np.abs(predictor.sample(*args, num_samples=1, seed=6, order=order) - drawn[:1]).max()
+            > 1e-3
+        )
+        assert np.abs(drawn[0] - drawn[1]).max() > 1e-3
+        assert torch.equal(state, torch.get_rng_state()), "the global generator is left alone"
+        none = predictor.sample(scene, np.empty((0, 2)), np.empty((0, 2)), queries, num_samples=1)
+        assert np.isfinite(none).all()
+
+    def test_sampling_steps_equal_predictions_with_what_was_drawn(
+        self, predictor: FlowPredictor, image: np.ndarray
+    ) -> None:
+        scene, rng = predictor.encode(image), np.random.default_rng(0)
+        queries, drawn = rng.random((2, 4, 2)), rng.normal(0, 0.1, (2, 4, 2))
+        steps = predictor.sampling_steps(scene, self.POS, self.FLOW, queries)
+        mixture = next(steps)
+        for i in range(4):
+            for row in range(2):
+                expected = predictor.predict(
+                    scene,
+                    np.concatenate([self.POS, queries[row, :i]]),
+                    np.concatenate([self.FLOW, drawn[row, :i]]),
+                    queries[row, i : i + 1],
+                )
+                assert_mixtures_close(mixture[row : row + 1], expected, 1e-4)
+            if i < 3:
+                mixture = steps.send(drawn[:, i])
+        with pytest.raises(StopIteration):
+            steps.send(drawn[:, 3])
+
+    def test_coarse_to_fine(self, predictor: FlowPredictor, image: np.ndarray) -> None:
+        scene = predictor.encode(image)
+        futures = predictor.sample_dense(scene, self.POS, self.FLOW, (6, 5), (2, 2), num_samples=2)
+        assert futures.shape == (2, 6, 5, 2)
+        coarse = predictor.sample(scene, self.POS, self.FLOW, geometry.grid((2, 2)), num_samples=2)
+        pokes = np.concatenate([self.POS, geometry.grid((2, 2))])
+        fine = predictor.dense(scene, pokes, np.concatenate([self.FLOW, coarse[1]]), (6, 5))
+        assert_close(futures[1], fine, 1e-4)
 
     def test_dense_products_agree(self, predictor: FlowPredictor, image: np.ndarray) -> None:
         scene = predictor.encode(image)
@@ -302,7 +409,7 @@ class TestPredictor:
         stretched = stretching.predict(stretching.encode(wide), self.POS, self.FLOW, queries)
         assert_mixtures_close(stretched, expected)
 
-        cropping_model = FlowPokeTransformer(dataclasses.replace(SMALL, fit="crop")).eval()
+        cropping_model = FlowPokeTransformer(dataclasses.replace(model.config, fit="crop")).eval()
         cropping_model.load_state_dict(model.state_dict())
         cropping = FlowPredictor(cropping_model)
         half, left = np.array([0.5, 1.0]), np.array([0.25, 0.0])
@@ -420,88 +527,3 @@ class TestCheckpoint:
             with pytest.raises(CheckpointError):
                 load_model(tmp_path / name)
         assert not trace.exists()
-
-
-# tensors computed by the public implementation; not part of the repository
-REFERENCE = Path(
-    os.environ.get("FPT_REFERENCE_DIR", Path(__file__).parents[2] / "shared" / "reference")
-)
-
-
-@pytest.mark.skipif(
-    not REFERENCE.is_dir(), reason=f"FPT_REFERENCE_DIR: no reference tensors in {REFERENCE}"
-)
-class TestReferenceParity:
-    """Agreement with tensors computed by the public implementation (CompVis, commit 104f9c3)."""
-
-    @pytest.fixture(scope="class")
-    def z(self) -> dict[str, np.ndarray]:
-        return dict(np.load(REFERENCE / "small_io.npz"))
-
-    @pytest.fixture(scope="class")
-    def reference_model(self) -> FlowPokeTransformer:
-        from safetensors.torch import load_file
-
-        config = FPTConfig(
-            encoder="vit_base_patch14_reg4_dinov2",
-            encoder_kwargs={"embed_dim": 64, "depth": 2, "num_heads": 2},
-            image_size=112,
-            width=96,
-            depth=2,
-            head_dim=32,
-            sample_align_corners=True,
-            head="reference",
-        )
-        return from_reference(load_file(REFERENCE / "small_state_dict.safetensors"), config)
-
-    def test_everything_from_image_to_mixture(
-        self, reference_model: FlowPokeTransformer, z: dict[str, np.ndarray]
-    ) -> None:
-        t = {k: torch.from_numpy(z[k]) for k in ("image", "poke_pos", "poke_flow", "query_pos")}
-        static = torch.from_numpy(z["camera_static"])
-        m = reference_model
-        with torch.no_grad():
-            features = m.encode(t["image"])
-            assert_close(features.feat, z["feat"], 1e-5)
-            context = m.encode_pokes(features, t["poke_pos"], t["poke_flow"], static)
-            queries = m.decode_queries(features, context, t["query_pos"], static)
-            raw = torch.cat([m.head(context.hidden), queries], 1)
-            assert_close(raw, z["out_raw24"], 1e-5)
-            none = t["poke_pos"][:, :0]
-            free = m.forward_raw(features, none, none, t["query_pos"], static)
-        mix = FlowMixture(*(x.numpy() for x in mixture_parameters(raw, m.config)))
-        assert_close(mix.log_weights, z["parallel.log_weights"], 1e-5)
-        assert_close(mix.means, z["parallel.loc"], 1e-5)
-        assert_close(mix.scale_tril, z["parallel.scale_tril"], 1e-5)
-        assert_close(mix.log_prob(z["eval_points"]), z["parallel.log_prob"], 1e-5)
-        assert_close(mixture_parameters(free, m.config)[1], z["nopoke.loc"], 1e-5)
-
-    def test_training_loss(
-        self, reference_model: FlowPokeTransformer, z: dict[str, np.ndarray]
-    ) -> None:
-        inputs = (z["image"], z["poke_pos"], z["poke_flow"], z["train.query_pos"])
-        with torch.no_grad():
-            raw = reference_model(
-                *(torch.from_numpy(x) for x in inputs), torch.from_numpy(z["camera_static"])
-            )
-        nll = negative_log_likelihood(
-            raw, torch.from_numpy(z["train.target"]), reference_model.config
-        )
-        assert abs(nll.mean().item() - z["train.nll_mean"]) <= 1e-5
-
-    def test_preprocessing(
-        self, reference_model: FlowPokeTransformer, z: dict[str, np.ndarray]
-    ) -> None:
-        x = preprocess(z["nonsquare_u8_hwc"], reference_model.config)
-        assert_close(x, z["nonsquare_resized_m1p1"], 1e-5)
-
-    def test_kl(self, z: dict[str, np.ndarray]) -> None:
-        kl = np.load(REFERENCE / "small_kl.npz")
-        poked, free = (
-            FlowMixture(z[f"{name}.log_weights"], z[f"{name}.loc"], z[f"{name}.scale_tril"])
-            for name in ("parallel", "nopoke")
-        )
-        poked = poked[:, 5:]  # the queries
-        assert_close(poked.kl(free), kl["matched_bound"], 1e-9)
-        assert_close(poked.component_kl(free), kl["kl_pairs"], 1e-9)
-        assert_close(poked.kl(free, "monte_carlo", samples=20_000), kl["numeric"], 0.02)

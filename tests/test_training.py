@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fpt_model import FlowMixture, load_model
+from fpt_model import FlowMixture, FlowPokeTransformer, load_model
 from fpt_model.encoder import preprocess
 from fpt_model.geometry import normalised_to_pixels
 from sim.dataset import GENERATOR, Settings, write_dataset
@@ -42,6 +42,7 @@ CONFIG = RunConfig.from_dict(
             "batch_size": 4,
             "steps": 4,
             "warmup_steps": 2,
+            "segment_weight": 1.0,
             "precision": "fp32",
             "checkpoint_every": 2,
             "validate_every": 2,
@@ -234,7 +235,7 @@ def test_shards_know_their_origin(data: Path, tmp_path: Path) -> None:
 
 
 def parameters(out: Path) -> dict[str, torch.Tensor]:
-    return torch.load(out / "last.pt", weights_only=True)["model"]
+    return torch.load(out / "last.pt", weights_only=True)["learner"]
 
 
 @pytest.fixture(scope="module")
@@ -279,10 +280,51 @@ def test_training_learns(data: Path, tmp_path: Path) -> None:
     )
     trainer = train.Trainer(config, data, tmp_path)
     batch = trainer.validation[0]
-    before = trainer._loss(batch).item()
+    before = [loss.item() for loss in trainer._loss(batch)]
     trainer.run()
-    after = trainer._loss(batch).item()
-    assert after < before - 0.5, f"NLL {before:.2f} -> {after:.2f}"
+    after = [loss.item() for loss in trainer._loss(batch)]
+    assert after[0] < before[0] - 0.5, f"NLL {before[0]:.2f} -> {after[0]:.2f}"
+    assert after[1] < before[1], f"auxiliary loss {before[1]:.3f} -> {after[1]:.3f}"
+
+
+def test_another_configuration_does_not_resume(data: Path, run: Path) -> None:
+    values = CONFIG.to_dict()
+    values["optim"] |= {"learning_rate": 0.5, "steps": 9}
+    with pytest.raises(ValueError, match=r"optim.learning_rate: 0.001 -> 0.5\)"):
+        train.Trainer(RunConfig.from_dict(values), data, run)
+
+
+def test_batch_statistics_need_a_pretrained_encoder(data: Path, tmp_path: Path) -> None:
+    values = RunConfig.load("training/configs/tiny.yaml").to_dict()
+    values["optim"] |= {"pretrained_encoder": False}
+    with pytest.raises(ValueError, match="pretrained_encoder = true, received false"):
+        train.Trainer(RunConfig.from_dict(values), data, tmp_path)
+
+
+@pytest.mark.parametrize(("decay", "falls_from"), [(None, 100), (300, 700)])
+def test_learning_rate(decay: int | None, falls_from: int) -> None:
+    optim = replace(CONFIG.optim, steps=1000, warmup_steps=100, decay_steps=decay)
+    rates = np.array([train.learning_rate_factor(step, optim) for step in range(1001)])
+    assert rates[0] == pytest.approx(0.01)
+    assert (np.diff(rates[:100]) > 0).all()
+    assert rates[100 : falls_from + 1] == pytest.approx(1)
+    assert (np.diff(rates[falls_from + 1 :]) < 0).all()
+    assert rates[1000] == pytest.approx(0.01)
+
+
+def test_only_chosen_stages_are_trained() -> None:
+    model = FlowPokeTransformer(RunConfig.load("training/configs/tiny.yaml").model)
+    train.freeze_stages(model, 2)
+    trained = {
+        n.split(".")[0]: p.requires_grad for n, p in model.encoder.backbone.named_parameters()
+    }
+    assert trained == {
+        "conv_stem": False,
+        "bn1": False,
+        "blocks_0": False,
+        "blocks_1": False,
+        **dict.fromkeys(("blocks_2", "blocks_3", "blocks_4"), True),
+    }
 
 
 @pytest.fixture(scope="module")

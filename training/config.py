@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +30,12 @@ class DataConfig:
     hide_static_flag: float = 0.1  # probability that a static camera is given as unknown
     # where pokes and queries lie
     informed: float = (
-        0.85  # share of examples whose pokes prefer what moves; else they fall anywhere
+        0.85  # share of examples whose pokes prefer what moves, else they fall anywhere
     )
     poke_on_moving: float = 0.6  # in those, probability that a poke is placed on what moves
+    # in those, probability that the first poke is where the motion is about largest: a handle, an
+    # edge far from the hinge. Otherwise all else would seem to move as far again, on average.
+    first_poke_largest: float = 0.0
     query_on_bodies: float = 0.5  # share of queries on bodies, rather than anywhere in the image
     # views
     min_crop: float = 0.5  # fraction of the image's side, each axis by itself (aspect ratios)
@@ -58,6 +61,16 @@ class DataConfig:
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be >= {least}, received {getattr(self, name)}")
 
+    def without_augmentation(self) -> DataConfig:
+        """The same pokes and queries on whole, clean images with true motions, for validation."""
+        return replace(
+            self,
+            **dict.fromkeys(("target_noise", "poke_noise", "hide_static_flag"), 0.0),
+            **dict.fromkeys(("flip", "quarter_turn", "colour", "light", "blur"), 0.0),
+            **dict.fromkeys(("downscale", "noise", "jpeg"), 0.0),
+            min_crop=1.0,
+        )
+
     @property
     def pokes(self) -> int:
         """Pokes of an image."""
@@ -73,11 +86,16 @@ class OptimConfig:
     learning_rate: float = 1e-3
     encoder_learning_rate: float = 3e-4
     warmup_steps: int = 100
+    # the rate stays at its peak until the last so many steps, so that a run may be continued from
+    # a checkpoint before them; None: it falls from the end of the warm-up on
+    decay_steps: int | None = None
     weight_decay: float = 0.02
     gradient_clip: float = 1.0
     # probability that a motion is nothing the model could know, e.g. that of a pixel on an edge;
     # bounds the loss of one point, without it a few confident misses drown all others
     outlier_share: float = 1e-3
+    # of the auxiliary loss on which points belong to one body; needs data.segment_points
+    segment_weight: float = 0.0
     ema_decay: float = 0.999
     frozen_encoder_stages: int = 0  # leading stages of a convolutional encoder left as they are
     pretrained_encoder: bool = False  # start from ImageNet weights, see training.pretrained

@@ -35,6 +35,7 @@ from training.config import DataConfig, RunConfig
 
 log = logging.getLogger("training")
 
+_CANDIDATES = 64  # points among which the one that moves most is found
 _MAX_FLOW = 1.0  # image sides; motions beyond (points that pass the camera) are not supervised
 
 
@@ -255,18 +256,25 @@ def make_example(
     count, groups = config.pokes, len(config.visible_pokes)
     scarce = sample.futures < config.futures_per_image
     futures = rng.choice(sample.futures, config.futures_per_image, replace=scarce)
-    moving = sample.moving
+    moves = sample.moving
     static = sample.camera_static[futures] & (rng.random(len(futures)) >= config.hide_static_flag)
     placed, moved = [], []
     for future in futures:
         # Pokes are put on what moves more often than chance would, or few would tell anything. But
         # if they always were, still pokes would say that nothing moves anywhere, the more the more
         # of them. With a share of examples where pokes fall anywhere they can say so only weakly.
-        on_moving = config.poke_on_moving if rng.random() < config.informed else 0.0
+        informed = rng.random() < config.informed
+        on_moving = config.poke_on_moving if informed else 0.0
+        moving = pixels[moves[future][bodies]]
+        pokes = _pick(count, moving, pixels, on_moving, rng)
+        if informed and len(moving) and rng.random() < config.first_poke_largest:
+            candidates = rng.choice(moving, _CANDIDATES)
+            motion = sample.flow_at(int(future), points(candidates)).flow
+            pokes[0] = candidates[np.linalg.norm(motion, axis=-1).argmax()]
         xy = points(
             np.concatenate(
                 [
-                    _pick(count, pixels[moving[future][bodies]], pixels, on_moving, rng),
+                    pokes,
                     _pick(
                         groups * config.queries_per_group,
                         on_bodies,

@@ -39,4 +39,7 @@ def load_pretrained_encoder(model: FlowPokeTransformer) -> None:
         raise ValueError(f"{file.name} does not have the tensors of timm's {_TIMM_NAME}")
     renamed = dict(zip(full, source.values(), strict=True))
     own = model.encoder.backbone.state_dict()
-    model.encoder.backbone.load_state_dict({key: renamed[key] for key in own})
+    # a features_only model whose unused stages are cut off calls "blocks.0" "blocks_0"
+    model.encoder.backbone.load_state_dict(
+        {key: renamed[key.replace("blocks_", "blocks.")] for key in own}
+    )

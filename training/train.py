@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 import json
 import logging
 import math
@@ -20,12 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import yaml
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from fpt_model import FlowPokeTransformer, save_model
+from fpt_model.layers import sample_maps
 from fpt_model.model import mixture_parameters, negative_log_likelihood
 from training.config import OptimConfig, RunConfig
 from training.data import Example, ExampleDataset, Shards, training_batches
@@ -35,26 +38,27 @@ log = logging.getLogger("training")
 
 
 def learning_rate_factor(step: int, optim: OptimConfig) -> float:
-    """Linear warm-up, then a cosine to 1 % of the peak."""
+    """Linear warm-up, then the peak, then in the last ``decay_steps`` a cosine to 1 % of it."""
     if step < optim.warmup_steps:
         return (step + 1) / optim.warmup_steps
-    progress = (step - optim.warmup_steps) / max(1, optim.steps - optim.warmup_steps)
-    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    decay = optim.steps - optim.warmup_steps if optim.decay_steps is None else optim.decay_steps
+    progress = 1 - (optim.steps - step) / max(1, decay)
+    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, progress))))
 
 
-def parameter_groups(model: FlowPokeTransformer, optim: OptimConfig) -> list[dict[str, Any]]:
-    """Encoder and rest with their own rates; no weight decay on vectors and embeddings."""
+def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
+    """Backbone and rest with their own rates; no weight decay on vectors and embeddings."""
     groups = []
-    for encoder in (True, False):
+    for backbone in (True, False):
         for decay in (True, False):
             params = [
                 p
                 for name, p in model.named_parameters()
                 if p.requires_grad
-                and name.startswith("encoder.") == encoder
+                and ("encoder.backbone." in name) == backbone
                 and (p.ndim >= 2 and "cond_emb" not in name) == decay
             ]
-            rate = optim.encoder_learning_rate if encoder else optim.learning_rate
+            rate = optim.encoder_learning_rate if backbone else optim.learning_rate
             groups.append(
                 {
                     "params": params,
@@ -74,8 +78,10 @@ def freeze_stages(model: FlowPokeTransformer, stages: int) -> None:
     if stages == 0:
         return
     backbone = model.encoder.backbone
-    for module in (backbone.conv_stem, backbone.bn1, *backbone.blocks[:stages]):
-        module.requires_grad_(False)
+    frozen = ("conv_stem.", "bn1.", *(f"blocks_{i}." for i in range(stages)))
+    for name, parameter in backbone.named_parameters():
+        if name.startswith(frozen):
+            parameter.requires_grad_(False)
 
 
 def set_training_mode(model: FlowPokeTransformer) -> None:
@@ -95,6 +101,74 @@ def robust(nll: Tensor, config: RunConfig) -> Tensor:
     return -torch.logaddexp(math.log1p(-share) - nll, torch.full_like(nll, outlier))
 
 
+def check_same_run(before: RunConfig, now: RunConfig) -> None:
+    """ValueError naming what changed, except for how long to go on and how often to report."""
+    free = {"steps", "decay_steps", "checkpoint_every", "validate_every", "compile"}
+    old, new = before.to_dict(), now.to_dict()
+    changed = [
+        f"{section}.{key}: {old[section].get(key)!r} -> {value!r}"
+        for section, values in new.items()
+        for key, value in values.items()
+        if old[section].get(key) != value and not (section == "optim" and key in free)
+    ]
+    if changed:
+        raise ValueError(
+            f"the run was started with another configuration ({'; '.join(changed)}): give the same "
+            "or choose another --out"
+        )
+
+
+class Learner(nn.Module):
+    """The model with the auxiliary task of a run: which points belong to one rigid body.
+
+    Simulation knows the answer for every pixel, motion shows it for what happens to move. Points
+    are embedded linearly from the maps that the model's tokens sample, and two belong together the
+    more the smaller the angle between their embeddings.
+    """
+
+    def __init__(self, model: FlowPokeTransformer, width: int = 32) -> None:
+        super().__init__()
+        self.model = model
+        self.embedding = nn.Linear(sum(model.encoder.dims), width, bias=False)
+        self.scale = nn.Parameter(torch.tensor(5.0))
+        self.bias = nn.Parameter(torch.tensor(-2.0))
+
+    def forward(self, image: Tensor, batch: Example, visible: Tensor) -> tuple[Tensor, Tensor]:
+        """Raw head outputs ``[B * F, G, n, raw_dim]`` and logits ``[B, M, M]`` of pairs of points.
+
+        ``image [B, 3, S, S]`` in [-1, 1].
+        """
+        groups, n = batch.query_pos.shape[2:4]
+        features = self.model.encode(image)
+        raw = self.model.forward_raw(
+            features,
+            batch.poke_pos.flatten(0, 1),
+            batch.poke_flow.flatten(0, 1),
+            batch.query_pos.flatten(0, 1).flatten(1, 2),
+            batch.camera_static.flatten(),
+            visible.repeat_interleave(n),
+        )
+        points = sample_maps(
+            features.maps, batch.segment_pos, self.model.config.sample_align_corners
+        )
+        e = F.normalize(self.embedding(points).float(), dim=-1)
+        logits = self.scale * (e @ e.transpose(-1, -2)) + self.bias
+        return raw.unflatten(1, (groups, n)), logits
+
+
+def segment_loss(logits: Tensor, body: Tensor) -> Tensor:
+    """Binary cross-entropy of pairs ``[B, M, M]`` with at least one point on a body (not static).
+
+    ``body [B, M]`` is the index of the body under a point, 0 for the static world.
+    """
+    if not body.numel():
+        return logits.new_zeros(())
+    together = (body[:, :, None] == body[:, None, :]).float()
+    counted = ((body > 0)[:, :, None] | (body > 0)[:, None, :]).float()
+    loss = F.binary_cross_entropy_with_logits(logits, together, reduction="none")
+    return (loss * counted).sum() / counted.sum().clamp(min=1)
+
+
 class Trainer:
     """One run: owns model, moving average, optimiser and the files in ``out``."""
 
@@ -106,29 +180,43 @@ class Trainer:
         self.model = FlowPokeTransformer(config.model)
         if optim.pretrained_encoder:
             load_pretrained_encoder(self.model)
+        elif self.model.encoder.convolutional:
+            raise ValueError(
+                "a convolutional encoder keeps the batch statistics it comes with and so needs "
+                "optim.pretrained_encoder = true, received false"
+            )
         freeze_stages(self.model, optim.frozen_encoder_stages)
-        self.forward = torch.compile(self.model) if optim.compile else self.model
-        self.average = copy.deepcopy(self.model).eval().requires_grad_(False)
-        self.optimiser = torch.optim.AdamW(parameter_groups(self.model, optim), betas=(0.9, 0.99))
+        self.learner = Learner(self.model)
+        self.forward = torch.compile(self.learner) if optim.compile else self.learner
+        self.average = copy.deepcopy(self.learner).eval().requires_grad_(False)
+        self.optimiser = torch.optim.AdamW(
+            parameter_groups(self.learner, optim), betas=(0.9, 0.99), fused=True
+        )
         self.visible = torch.tensor(config.data.visible_pokes)
         self.step = 0
         self.cpu_seconds = 0.0
         self.train_shards = Shards(data, "train")
-        validation = ExampleDataset(Shards(data, "val"), config)
+        clean = dataclasses.replace(config, data=config.data.without_augmentation())
+        validation = ExampleDataset(Shards(data, "val"), clean)
         self.validation = list(training_batches(validation, 64, 0, 4, workers=0))
         out.mkdir(parents=True, exist_ok=True)
-        (out / "config.yaml").write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
         if self.checkpoint.is_file():
             self._resume()
+        self.config_file.write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
 
     @property
     def checkpoint(self) -> Path:
         """The file that holds everything needed to go on."""
         return self.out / "last.pt"
 
+    @property
+    def config_file(self) -> Path:
+        """The run's configuration."""
+        return self.out / "config.yaml"
+
     def _state(self) -> dict[str, Any]:
         return {
-            "model": self.model.state_dict(),
+            "learner": self.learner.state_dict(),
             "average": self.average.state_dict(),
             "optimiser": self.optimiser.state_dict(),
             "step": self.step,
@@ -136,8 +224,9 @@ class Trainer:
         }
 
     def _resume(self) -> None:
+        check_same_run(RunConfig.load(self.config_file), self.config)
         state = torch.load(self.checkpoint, weights_only=True)
-        self.model.load_state_dict(state["model"])
+        self.learner.load_state_dict(state["learner"])
         self.average.load_state_dict(state["average"])
         self.optimiser.load_state_dict(state["optimiser"])
         self.step, self.cpu_seconds = state["step"], state["cpu_seconds"]
@@ -148,7 +237,7 @@ class Trainer:
         partial = self.checkpoint.with_suffix(".partial")
         torch.save(self._state(), partial)
         partial.replace(self.checkpoint)
-        save_model(self.average, self.out / "model.safetensors", dtype=torch.float16)
+        save_model(self.average.model, self.out / "model.safetensors", dtype=torch.float16)
 
     def run(self) -> None:
         """Train to ``optim.steps``."""
@@ -170,13 +259,14 @@ class Trainer:
         ):
             started, running = _cpu_seconds(), None
             for batch in batches:
-                loss = self._train_step(batch)
+                loss = torch.tensor(self._train_step(batch))
                 running = loss if running is None else 0.98 * running + 0.02 * loss
                 self.step += 1
                 bar.update()
-                bar.set_postfix(nll=f"{running:.3f}")
+                bar.set_postfix(nll=f"{running[0]:.3f}", segments=f"{running[1]:.3f}")
                 if self.step % 20 == 0:
-                    writer.add_scalar("train/nll", running, self.step)
+                    writer.add_scalar("train/nll", running[0], self.step)
+                    writer.add_scalar("train/segments", running[1], self.step)
                 if self.step % optim.validate_every == 0 or self.step == optim.steps:
                     self._validate(writer)
                 if self.step % optim.checkpoint_every == 0 or self.step == optim.steps:
@@ -184,52 +274,51 @@ class Trainer:
                     self.cpu_seconds, started = self.cpu_seconds + now - started, now
                     self.save()
 
-    def _train_step(self, batch: Example) -> float:
+    def _train_step(self, batch: Example) -> tuple[float, float]:
         optim = self.config.optim
         factor = learning_rate_factor(self.step, optim)
         for group in self.optimiser.param_groups:
             group["lr"] = group["peak"] * factor
-        loss = self._loss(batch)
+        nll, segments = self._loss(batch)
+        loss = nll + optim.segment_weight * segments
         if not torch.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss.item()} at step {self.step}")
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), optim.gradient_clip)
+        nn.utils.clip_grad_norm_(self.learner.parameters(), optim.gradient_clip)
         self.optimiser.step()
         decay = min(optim.ema_decay, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
             for mean, current in zip(
-                self.average.parameters(), self.model.parameters(), strict=True
+                self.average.parameters(), self.learner.parameters(), strict=True
             ):
                 mean.lerp_(current, 1 - decay)
-        return loss.item()
+        return nll.item(), segments.item()
 
-    def _forward(self, model: Callable[..., Tensor], batch: Example) -> Tensor:
+    def _forward(
+        self, learner: Callable[..., tuple[Tensor, Tensor]], batch: Example
+    ) -> tuple[Tensor, Tensor]:
+        """Raw outputs ``[B, F, G, n, raw_dim]`` and logits of pairs ``[B, M, M]``."""
         image = batch.image.float() / 127.5 - 1
         bf16 = self.config.optim.precision == "bf16"
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            return model(
-                image,
-                batch.poke_pos,
-                batch.poke_flow,
-                batch.query_pos,
-                batch.camera_static,
-                self.visible,
-            ).float()
+            raw, logits = learner(image, batch, self.visible)
+        return raw.float().unflatten(0, batch.camera_static.shape), logits
 
-    def _loss(self, batch: Example) -> Tensor:
-        """Mean NLL in nats of the supervised queries."""
-        raw = self._forward(self.forward, batch)
+    def _loss(self, batch: Example) -> tuple[Tensor, Tensor]:
+        """Mean NLL in nats of the supervised queries, and the auxiliary loss."""
+        raw, logits = self._forward(self.forward, batch)
         known = ~batch.query_flow.isnan().any(-1)
         nll = negative_log_likelihood(raw[known], batch.query_flow[known], self.config.model)
-        return robust(nll, self.config).mean()
+        return robust(nll, self.config).mean(), segment_loss(logits, batch.segment_body)
 
     @torch.no_grad()
     def _validate(self, writer: SummaryWriter) -> None:
         """NLL and end-point error by the number of pokes, of the moving average."""
         sums: dict[str, list[Tensor]] = {}
         for batch in self.validation:
-            raw = self._forward(self.average, batch)
+            raw, logits = self._forward(self.average, batch)
+            sums.setdefault("segments", []).append(segment_loss(logits, batch.segment_body)[None])
             nll = robust(
                 negative_log_likelihood(raw, batch.query_flow, self.config.model), self.config
             )
@@ -239,8 +328,10 @@ class Trainer:
             still = batch.query_flow.norm(dim=-1)
             for pokes in set(self.config.data.visible_pokes):
                 group = self.visible == pokes
-                for name, value in (("nll", nll), ("epe", error), ("no_motion_epe", still)):
-                    sums.setdefault(f"{name}/{pokes}_pokes", []).append(value[:, group].flatten())
+                for name, value in (("robust_nll", nll), ("epe", error), ("no_motion_epe", still)):
+                    sums.setdefault(f"{name}/{pokes}_pokes", []).append(
+                        value[:, :, group].flatten()
+                    )
         figures = {key: torch.cat(values).nanmean().item() for key, values in sums.items()}
         for key, value in figures.items():
             writer.add_scalar(f"val_{key}", value, self.step)

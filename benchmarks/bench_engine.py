@@ -1,0 +1,296 @@
+# SPDX-License-Identifier: MIT
+"""Latency, work and memory of the engine, row by row, on this machine.
+
+    python benchmarks/bench_engine.py --models fpt-tiny fpt-base --precision bf16 --baseline
+
+``fpt-base`` is the published architecture with random weights; speed does not depend on them. Each
+row tells the floating-point operations of its matrix products and convolutions, the bytes its
+operations read and write, and which part of what this machine can do that is: the larger of
+operations over the measured matmul rate and bytes over the measured copy rate, over the time.
+Operations that stay in a processor's cache can come out above one.
+
+``--baseline`` runs, beside the engine and in the same process, what one would write first: the
+plain model under autocast, with nothing kept but the image's feature map.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import multiprocessing
+import platform
+import resource
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from fpt_model import FlowPokeTransformer, FlowPredictor, load_model
+from fpt_model.config import FPT_BASE
+from fpt_model.encoder import preprocess
+from fpt_model.geometry import grid
+from fpt_model.model import ImageFeatures, mixture_parameters
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+POKES = 4
+BASELINE_STEPS = 8  # of an autoregressive row's steps that the baseline runs, evenly spaced
+
+
+@dataclass
+class Row:
+    """One measurement."""
+
+    model: str
+    device: str
+    precision: str
+    path: str  # "engine" or "baseline"
+    task: str
+    seconds: float  # median of the repetitions
+    gflop: float
+    gbyte: float
+    ceiling: float  # share of this machine's measured ability
+
+
+class ByteCounter(TorchDispatchMode):
+    """Bytes of all tensors that operations read or write; views are free."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            tensors = [
+                x
+                for x in torch.utils._pytree.tree_leaves((args, kwargs, out))
+                if isinstance(x, torch.Tensor)
+            ]
+            self.total += sum(x.numel() * x.element_size() for x in tensors)
+        return out
+
+
+def synchronise(device: str) -> None:
+    """Wait for the GPU."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds(call: Callable[[], object], device: str, budget: float = 3.0) -> float:
+    """Median time of a call: after one to warm up, at least three, about ``budget`` seconds."""
+    call()
+    times: list[float] = []
+    while len(times) < 3 or (sum(times) < budget and len(times) < 50):
+        synchronise(device)
+        start = time.perf_counter()
+        call()
+        synchronise(device)
+        times.append(time.perf_counter() - start)
+        if times[0] > 20:
+            break
+    return statistics.median(times)
+
+
+def ceilings(device: str, dtype: torch.dtype) -> tuple[float, float]:
+    """The best matmul rate in FLOP/s and the copy rate in bytes/s (read and written)."""
+    rates = []
+    for n in (1024, 2048, 4096):
+        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+        rates.append(2 * n**3 / seconds(lambda a=a, b=b: a @ b, device, 1.0))
+    source = torch.zeros(2**28, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return max(rates), 2 * source.numel() / seconds(lambda: target.copy_(source), device, 1.0)
+
+
+class Baseline:
+    """The model called plainly: every call projects the image again and runs all pokes again."""
+
+    def __init__(self, model: FlowPokeTransformer, device: str, precision: str) -> None:
+        self.model = model.to(device).eval()
+        self.device, self.precision = device, precision
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device, torch.bfloat16, enabled=self.precision == "bf16")
+
+    def tensor(self, x: Any) -> torch.Tensor:
+        return torch.as_tensor(np.asarray(x), dtype=torch.float32, device=self.device)
+
+    @torch.no_grad()
+    def encode(self, image: np.ndarray) -> list[torch.Tensor]:
+        with self.autocast():
+            return self.model.encoder(preprocess(image, self.model.config).to(self.device))
+
+    @torch.no_grad()
+    def predict(self, maps: list[torch.Tensor], pos: Any, flow: Any, queries: Any) -> Any:
+        """``pos [B, P, 2]``, ``flow [B, P, D]``, ``queries [Q, 2]``."""
+        points = self.tensor(queries).expand(len(pos), -1, -1)
+        static = torch.ones(len(pos), dtype=torch.bool, device=self.device)
+        with self.autocast():
+            features: ImageFeatures = self.model.features(maps)
+            raw = self.model.forward_raw(
+                features, self.tensor(pos), self.tensor(flow), points, static
+            )
+        return mixture_parameters(raw, self.model.config)
+
+
+def tasks(
+    model: FlowPokeTransformer, device: str, precision: str, path: str, ar_side: int
+) -> dict[str, tuple[Callable[[], object], float]]:
+    """For each row a call, and by how much to multiply its time."""
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (480, 640, 3), dtype=np.uint8)
+    pos, flow = rng.random((64, POKES, 2)), rng.normal(0, 0.05, (64, POKES, 2))
+    queries, joint = rng.random((64, 2)), grid((ar_side, ar_side))
+    one, some, all_ = (pos[0, :1], flow[0, :1]), (pos[0], flow[0]), (pos, flow)
+    calls: dict[str, tuple[Callable[[], object], float]]
+    if path == "engine":
+        p = FlowPredictor(model, device=device, precision=precision)  # type: ignore[arg-type]
+        scene = p.encode(image)
+
+        def fresh(call: Callable[[], object]) -> Callable[[], object]:
+            """Without the pokes of the call before: each repetition runs its own."""
+
+            def run() -> object:
+                scene.known.clear()
+                return call()
+
+            return run
+
+        calls = {
+            "encode": (lambda: p.encode(image), 1),
+            "1 query, 1 poke": (fresh(lambda: p.predict(scene, *one, queries[:1])), 1),
+            "64 queries": (fresh(lambda: p.predict(scene, *some, queries)), 1),
+            "dense 64x64": (fresh(lambda: p.predict(scene, *some, grid((64, 64)))), 1),
+            "dense 128x128": (fresh(lambda: p.predict(scene, *some, grid((128, 128)))), 1),
+            "64 hypotheses x 64": (lambda: p.predict_batch(scene, *all_, queries), 1),
+            f"joint {ar_side}x{ar_side}": (
+                lambda: p.sample(scene, *some, joint, num_samples=1),
+                1,
+            ),
+        }
+        return calls
+    b = Baseline(model, device, precision)
+    maps = b.encode(image)
+    first = {"encode": (lambda: b.encode(image), 1.0)}
+    places = np.linspace(0, len(joint) - 1, BASELINE_STEPS).astype(int)
+
+    def steps() -> None:
+        for i in places:
+            pokes = np.concatenate([some[0], joint[:i]])[None]
+            moved = np.concatenate([some[1], rng.normal(0, 0.05, (i, 2))])[None]
+            b.predict(maps, pokes, moved, joint[i : i + 1])
+
+    return (
+        first
+        | {
+            name: (lambda q=q, k=k: b.predict(maps, *k, q), 1.0)
+            for name, q, k in (
+                ("1 query, 1 poke", queries[:1], [x[None] for x in one]),
+                ("64 queries", queries, [x[None] for x in some]),
+                ("dense 64x64", grid((64, 64)), [x[None] for x in some]),
+                ("dense 128x128", grid((128, 128)), [x[None] for x in some]),
+                ("64 hypotheses x 64", queries, all_),
+            )
+        }
+        | {f"joint {ar_side}x{ar_side}": (steps, len(joint) / BASELINE_STEPS)}
+    )
+
+
+def build(name: str) -> FlowPokeTransformer:
+    """A shipped model, or fpt-base with random weights."""
+    if name == FPT_BASE.name:
+        torch.manual_seed(0)
+        return FlowPokeTransformer(FPT_BASE)
+    return load_model(name)
+
+
+def measure(job: tuple[str, str, str, str, int, int]) -> tuple[list[Row], float]:
+    """All rows of one model, device, precision and path, and the process's peak memory in GB."""
+    name, device, precision, path, ar_side, threads = job
+    torch.set_num_threads(threads)
+    flops, copy = ceilings(device, PRECISIONS[precision])
+    rows = []
+    for task, (call, factor) in tasks(build(name), device, precision, path, ar_side).items():
+        duration = seconds(call, device) * factor
+        with FlopCounterMode(display=False) as counted, ByteCounter() as moved:
+            call()
+        work, traffic = counted.get_total_flops() * factor, moved.total * factor
+        share = max(work / flops, traffic / copy) / duration
+        rows.append(
+            Row(name, device, precision, path, task, duration, work / 1e9, traffic / 1e9, share)
+        )
+        print(f"  {name} {precision} {path} {task}: {duration * 1e3:.1f} ms", flush=True)
+    return rows, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def table(rows: list[Row]) -> str:
+    """Markdown; the baseline's rows give ratios in those of the engine."""
+    slow = {(r.model, r.precision, r.task): r.seconds for r in rows if r.path == "baseline"}
+    lines = [
+        "| model | precision | task | ms | GFLOP | GB moved | of ceiling | baseline / engine |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        if r.path == "engine":
+            base = slow.get((r.model, r.precision, r.task))
+            ratio = f"{base / r.seconds:.1f}" if base else "not run"
+            lines.append(
+                f"| {r.model} | {r.precision} | {r.task} | {r.seconds * 1e3:.1f} | {r.gflop:.2f} "
+                f"| {r.gbyte:.2f} | {r.ceiling:.2f} | {ratio} |"
+            )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--models", nargs="+", default=["fpt-tiny"], help="fpt-base: random weights"
+    )
+    parser.add_argument("--precision", nargs="+", default=list(PRECISIONS), choices=PRECISIONS)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--baseline", action="store_true", help="run the plain path beside it")
+    parser.add_argument("--joint", type=int, default=32, help="side of the jointly drawn grid")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--out", type=Path, help="write the rows as JSON")
+    args = parser.parse_args()
+    rows: list[Row] = []
+    memory: dict[str, float] = {}
+    for name in args.models:
+        for precision in args.precision:
+            for path in ("engine", "baseline") if args.baseline else ("engine",):
+                job = (name, args.device, precision, path, args.joint, args.threads)
+                # a process each, for its peak memory
+                with multiprocessing.get_context("spawn").Pool(1) as pool:
+                    found, peak = pool.apply(measure, (job,))
+                rows += found
+                memory[f"{name} {precision} {path}"] = peak
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    where = {
+        "date": datetime.date.today().isoformat(),
+        "commit": commit,
+        "machine": f"{platform.machine()}, {args.threads} threads, torch {torch.__version__}",
+    }
+    print("\n" + ", ".join(f"{k} {v}" for k, v in where.items()) + "\n\n" + table(rows) + "\n")
+    for key, value in memory.items():
+        print(f"peak memory, {key}: {value:.2f} GB")
+    if args.out:
+        report = where | {"rows": [asdict(r) for r in rows], "peak_gb": memory}
+        args.out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

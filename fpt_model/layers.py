@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: MIT
+"""Building blocks shared by the image encoder and the poke transformer.
+
+Shapes: B batch, T tokens, W width, H heads, E = W / H. Positions are (x, y) in [0, 1]^2, y down.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Rotation = tuple[Tensor, Tensor]  # cosines and sines, [B, H, T, E / 2] each
+
+
+class RMSNorm(nn.RMSNorm):
+    """RMS norm with a learned weight, which follows the input's type under autocast."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
+class AxialRoPE(nn.Module):
+    """2-D axial rotary embedding; frequencies pi..10 pi spread over all heads of a layer."""
+
+    freqs: Tensor
+
+    def __init__(self, heads: int, head_dim: int) -> None:
+        super().__init__()
+        slots = head_dim // 4
+        n = heads * slots
+        freqs = math.pi * 10 ** (torch.arange(n, dtype=torch.float64) / n)
+        # head h, slot j uses frequency j * heads + h
+        self.register_buffer(
+            "freqs", freqs.view(slots, heads).T.float().contiguous(), persistent=False
+        )
+
+    def forward(self, pos: Tensor) -> Rotation:
+        """Cosines and sines at positions ``[B, T, 2]``: y's angles first, then x's."""
+        s = (2 * pos.float() - 1)[:, None, :, :, None]  # [B, 1, T, 2, 1]
+        angles = s * self.freqs[:, None, None]  # [B, H, T, 2, slots]
+        angles = torch.cat([angles[..., 1, :], angles[..., 0, :]], dim=-1)
+        return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, rotation: Rotation) -> Tensor:
+    """Rotate the pairs ``(p, p + E / 2)`` of ``x [B, H, T, E]``."""
+    a, b = x.float().chunk(2, dim=-1)
+    cos, sin = rotation
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+
+
+def scaled_cosine(x: Tensor, scale: Tensor) -> Tensor:
+    """``x [B, H, T, E]`` with length ``sqrt(|scale|)``, so that ``q . k`` is a scaled cosine."""
+    x32 = x.float()
+    length = scale.float().abs().add(1e-6).sqrt()[:, None, None]
+    return (x32 * (length * torch.rsqrt(x32.square().sum(-1, keepdim=True) + 1e-6))).to(x.dtype)
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """``[B, T, W]`` to ``[B, H, T, E]``; heads are contiguous blocks of channels."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """``[B, H, T, E]`` to ``[B, T, W]``."""
+    return x.transpose(1, 2).flatten(2)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Plain softmax attention without a temperature (the cosine scale is already in q and k).
+
+    ``mask`` is additive. Written out because its backward is several times faster on the CPU than
+    that of the fused kernel; without gradients the fused kernel saves the memory of the weights.
+    """
+    if not torch.is_grad_enabled():
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
+    logits = q @ k.transpose(-1, -2)
+    if mask is not None:
+        logits = logits + mask
+    return logits.softmax(-1).to(v.dtype) @ v
+
+
+def grid_positions(height: int, width: int, device: torch.device) -> Tensor:
+    """Centres of the cells of a grid, row by row: ``[height * width, 2]``."""
+    y, x = torch.meshgrid(
+        (torch.arange(height, device=device) + 0.5) / height,
+        (torch.arange(width, device=device) + 0.5) / width,
+        indexing="ij",
+    )
+    return torch.stack([x, y], -1).view(-1, 2)
+
+
+def sample_maps(maps: list[Tensor], pos: Tensor, align_corners: bool) -> Tensor:
+    """Features of ``maps`` (each ``[B, C_i, h_i, w_i]``) at ``pos [B * F, T, 2]``, concatenated.
+
+    Bilinear, outside the border's; F consecutive rows of ``pos`` belong to one image. Returns
+    ``[B * F, T, sum of C_i]``.
+    """
+    points = (2 * pos.float() - 1).reshape(maps[0].shape[0], 1, -1, 2)
+    sampled = [
+        F.grid_sample(
+            x.float(), points, mode="bilinear", padding_mode="border", align_corners=align_corners
+        )[:, :, 0].to(x.dtype)  # [B, C_i, F * T]
+        for x in maps
+    ]
+    return (
+        torch.cat(sampled, 1).transpose(1, 2).reshape(*pos.shape[:2], sum(x.shape[1] for x in maps))
+    )

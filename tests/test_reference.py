@@ -1,0 +1,328 @@
+# SPDX-License-Identifier: MIT
+"""Parity with the public implementation (CompVis/flow-poke-transformer, commit 104f9c3).
+
+Most compare with tensors it computed, which are not part of the repository: set FPT_REFERENCE_DIR.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from reference_weights import inputs, state_dict
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from fpt_model import FlowMixture, FlowPokeTransformer, FlowPredictor, FPTConfig
+from fpt_model.checkpoint import from_reference
+from fpt_model.config import FPT_BASE
+from fpt_model.encoder import preprocess, resize_square
+from fpt_model.geometry import ModelView
+from fpt_model.layers import grid_positions
+from fpt_model.model import mixture_parameters, negative_log_likelihood
+from fpt_model.predictor import Scene
+
+REFERENCE = Path(
+    os.environ.get("FPT_REFERENCE_DIR", Path(__file__).parents[2] / "shared" / "reference")
+)
+needs_reference = pytest.mark.skipif(
+    not REFERENCE.is_dir(), reason=f"FPT_REFERENCE_DIR: no reference tensors in {REFERENCE}"
+)
+
+SMALL_SEED = 77
+SMALL = FPTConfig(
+    encoder="vit_base_patch14_reg4_dinov2",
+    encoder_kwargs={"embed_dim": 64, "depth": 2, "num_heads": 2},
+    image_size=112,
+    width=96,
+    depth=2,
+    head_dim=32,
+    sample_align_corners=True,
+    head="reference",
+)
+OWN = Path(__file__).parent / "fixtures"
+
+Arrays = dict[str, np.ndarray]
+
+
+def assert_close(a: np.ndarray | Tensor, b: np.ndarray, tolerance: float) -> None:
+    difference = np.abs(np.asarray(a) - np.asarray(b))
+    assert difference.shape == np.shape(b)
+    assert difference.max() <= tolerance, (
+        f"max difference {difference.max():.3g}, mean {difference.mean():.3g}"
+    )
+
+
+def assert_mixture(mixture: FlowMixture, z: Arrays, name: str, tolerance: float) -> None:
+    for own, theirs in (
+        (mixture.log_weights, "log_weights"),
+        (mixture.means, "loc"),
+        (mixture.scale_tril, "scale_tril"),
+    ):
+        assert_close(own, z[f"{name}{theirs}"], tolerance)
+
+
+def mixture_of(raw: Tensor, config: FPTConfig) -> FlowMixture:
+    return FlowMixture(*(x.numpy() for x in mixture_parameters(raw, config)))
+
+
+def outputs_of(modules: dict[str, nn.Module], run: Callable[[], object]) -> dict[str, Tensor]:
+    """What each module returns while ``run`` is called; of a tuple the first."""
+    found: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: object, output: Tensor | tuple[Tensor, ...]) -> None:
+            found[name] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    handles = [m.register_forward_hook(keep(name)) for name, m in modules.items()]
+    try:
+        with torch.no_grad():
+            run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def test_own_fixture() -> None:
+    """The core of the parity everywhere: outputs that were once compared with the reference's.
+
+    Weights and inputs come from their formulas, only shapes and outputs are stored.
+    """
+    shapes = json.loads((OWN / "parity_shapes.json").read_text())
+    z = dict(np.load(OWN / "parity_outputs.npz"))
+    model = from_reference(state_dict(SMALL_SEED, shapes), SMALL)
+    t = inputs(SMALL_SEED, 112, batch=2, pokes=5, queries=12)
+    static = torch.tensor([True, False])
+    with torch.no_grad():
+        features = model.encode(t["image"])
+        raw = model.forward_raw(features, t["poke_pos"], t["poke_flow"], t["query_pos"], static)
+    assert_close(features.maps[0][:, ::8], z["features"], 1e-5)
+    assert_close(raw, z["raw"], 1e-5)
+
+
+@needs_reference
+class TestSmall:
+    @pytest.fixture(scope="class")
+    def z(self) -> Arrays:
+        return dict(np.load(REFERENCE / "small_io.npz"))
+
+    @pytest.fixture(scope="class")
+    def t(self, z: Arrays) -> dict[str, Tensor]:
+        names = ("image", "poke_pos", "poke_flow", "query_pos", "camera_static")
+        return {name: torch.from_numpy(z[name]) for name in names}
+
+    @pytest.fixture(scope="class")
+    def model(self) -> FlowPokeTransformer:
+        return from_reference(load_file(REFERENCE / "small_state_dict.safetensors"), SMALL)
+
+    @pytest.fixture(scope="class")
+    def predictor(self, model: FlowPokeTransformer) -> FlowPredictor:
+        return FlowPredictor(model)
+
+    def scene(self, predictor: FlowPredictor, image: Tensor) -> Scene:
+        """Of the model's own input, since the reference's image is not one of 8 bits."""
+        with torch.inference_mode():
+            return Scene(ModelView(112, 112, "crop"), predictor.model.encode(image))
+
+    def test_seeded_weights_and_inputs(self, t: dict[str, Tensor]) -> None:
+        stored = load_file(REFERENCE / "small_state_dict.safetensors")
+        seeded = state_dict(SMALL_SEED, {key: value.shape for key, value in stored.items()})
+        for key, value in seeded.items():
+            assert torch.equal(value, stored[key]), key
+        for name, value in inputs(SMALL_SEED, 112, 2, 5, 12).items():
+            assert torch.equal(value, t[name]), name
+
+    def test_image_encoder(
+        self, model: FlowPokeTransformer, z: Arrays, t: dict[str, Tensor]
+    ) -> None:
+        vit = model.encoder.backbone
+        found = outputs_of(
+            {"patch_embed": vit.patch_embed, "norm": vit.norm}
+            | {f"block{i}": block for i, block in enumerate(vit.blocks)},
+            lambda: model.encode(t["image"]),
+        )
+        for name, value in found.items():
+            assert_close(value, z[f"dino.{name}"], 1e-5)
+        table = torch.cat([vit.cls_token * 0, vit.pos_embed], 1)[:, 1:].detach()
+        assert_close(table, z["dino.pos_embed_interp"][:, 1:], 1e-5)
+        assert_close(found["norm"][:, 5:].transpose(1, 2).unflatten(2, (8, 8)), z["feat"], 1e-5)
+        positions = grid_positions(8, 8, torch.device("cpu")).view(8, 8, 2)
+        assert_close(positions.expand(2, -1, -1, -1), z["feat_pos"], 1e-6)
+
+    def test_images_of_any_shape(self, model: FlowPokeTransformer, z: Arrays) -> None:
+        x = preprocess(z["nonsquare_u8_hwc"], model.config)
+        assert_close(x, z["nonsquare_resized_m1p1"], 1e-5)
+        with torch.no_grad():
+            assert_close(model.encode(x).maps[0], z["nonsquare_feat"], 1e-5)
+        assert resize_square(x, 112) is x
+
+    def test_tokens_layers_and_head(
+        self, model: FlowPokeTransformer, z: Arrays, t: dict[str, Tensor]
+    ) -> None:
+        points = torch.cat([t["poke_pos"], t["query_pos"]], 1)
+        for pos, name in (
+            (points, "theta_query"),
+            (torch.from_numpy(z["feat_pos"]).flatten(1, 2), "theta_image"),
+        ):
+            for own, function in zip(model.rope(pos), (np.cos, np.sin), strict=True):
+                assert_close(own, function(z[name]), 1e-5)
+
+        modules: dict[str, nn.Module] = {
+            "input_mlp.linear0": model.embed.project,
+            "input_tokens": model.embed,
+        }
+        for i, layer in enumerate(model.layers):
+            modules |= {
+                f"layer{i}.self_norm": layer.self_norm,
+                f"layer{i}.self_branch": layer.self_out,
+                f"layer{i}.cross_norm": layer.cross_norm,
+                f"layer{i}.ffn_branch": layer.ffn_down,
+                f"layer{i}.out": layer,
+            }
+        features = model.encode(t["image"])
+        args = (t["poke_pos"], t["poke_flow"], t["query_pos"], t["camera_static"])
+        found = outputs_of(modules, lambda: model.run(features, None, *args))
+        for name, value in found.items():
+            assert_close(value, z[name], 1e-5)
+        with torch.no_grad():
+            raw = model.head(found["layer1.out"])
+        assert_close(raw, z["out_raw24"], 1e-5)
+        mixture = mixture_of(raw, model.config)
+        assert_mixture(mixture, z, "parallel.", 1e-5)
+        assert_mixture(mixture, z, "parallel_f64.", 1e-5)
+        assert_close(mixture.weights, z["parallel.weights"], 1e-5)
+        assert_close(mixture.mean(), z["parallel.mean"], 1e-5)
+        assert_close(mixture.std() ** 2, z["parallel.variance_diag"], 1e-5)
+        assert_close(mixture.log_prob(z["eval_points"]), z["parallel.log_prob"], 1e-5)
+
+    def test_predictions(self, predictor: FlowPredictor, z: Arrays, t: dict[str, Tensor]) -> None:
+        """Through the predictor and what it folds and caches."""
+        order = z["poke_perm"]
+        for row in range(2):
+            scene = self.scene(predictor, t["image"][row : row + 1])
+            pos, flow, queries = (z[name][row] for name in ("poke_pos", "poke_flow", "query_pos"))
+            static = bool(z["camera_static"][row])
+            for name, answer in (
+                ("nopoke.", predictor.predict(scene, pos[:0], flow[:0], queries, static)),
+                ("single_query4.", predictor.predict(scene, pos, flow, queries[4:5], static)),
+                (
+                    "permuted_pokes.",
+                    predictor.predict(scene, pos[order], flow[order], queries, static),
+                ),
+            ):
+                expected = {key: value[row] for key, value in z.items() if key.startswith(name)}
+                assert_mixture(answer, expected, name, 1e-5)
+
+    def test_autoregression_by_teacher_forcing(
+        self, predictor: FlowPredictor, z: Arrays, t: dict[str, Tensor]
+    ) -> None:
+        """Given the motions the reference drew, each step has the distribution it drew from."""
+        for row in range(2):
+            scene = self.scene(predictor, t["image"][row : row + 1])
+            steps = predictor.sampling_steps(
+                scene,
+                z["poke_pos"][row],
+                z["poke_flow"][row],
+                z["query_pos"][row : row + 1],
+                bool(z["camera_static"][row]),
+            )
+            mixture = next(steps)
+            for i, flow in enumerate(z["ar.flows_sampled"][row]):
+                expected = {
+                    key: value[row, i : i + 1]
+                    for key, value in z.items()
+                    if key.startswith("ar.step_")
+                }
+                assert_mixture(mixture, expected, "ar.step_", 1e-5)
+                if i < 11:
+                    mixture = steps.send(flow[None])
+
+    def test_training(self, model: FlowPokeTransformer, z: Arrays, t: dict[str, Tensor]) -> None:
+        queries, target = (torch.from_numpy(z[f"train.{name}"]) for name in ("query_pos", "target"))
+        with torch.no_grad():
+            raw = model(
+                *(t[name] for name in ("image", "poke_pos", "poke_flow")),
+                queries,
+                t["camera_static"],
+            )
+        assert_mixture(mixture_of(raw.flatten(1, 2), model.config), z, "train.", 1e-5)
+        nll = negative_log_likelihood(raw, target, model.config)
+        assert abs(nll.mean().item() - z["train.nll_mean"]) <= 1e-5
+
+    def test_training_mask(
+        self, model: FlowPokeTransformer, z: Arrays, t: dict[str, Tensor]
+    ) -> None:
+        """Query q changes with exactly the pokes that the reference's mask lets it see."""
+        allowed = z["train.mask"]  # 5 pokes, then 5 groups of 3 queries
+        queries = torch.from_numpy(z["train.query_pos"])[:1]
+        args = (t["image"][:1], t["poke_pos"][:1], t["poke_flow"][:1])
+
+        def raw(poke_flow: Tensor) -> Tensor:
+            with torch.no_grad():
+                return model(*args[:2], poke_flow, queries, t["camera_static"][:1]).flatten(1, 2)[0]
+
+        before = raw(args[2])
+        for poke in range(5):
+            moved = args[2].clone()
+            moved[0, poke] += 0.3
+            changed = (raw(moved) - before).abs().amax(-1) > 1e-6
+            assert changed.tolist() == allowed[5:, poke].tolist()
+
+    def test_kl(self, z: Arrays) -> None:
+        kl = np.load(REFERENCE / "small_kl.npz")
+        poked, free = (
+            FlowMixture(z[f"{name}.log_weights"], z[f"{name}.loc"], z[f"{name}.scale_tril"])
+            for name in ("parallel", "nopoke")
+        )
+        poked = poked[:, 5:]  # the queries
+        assert_close(poked.kl(free), kl["matched_bound"], 1e-9)
+        assert_close(poked.component_kl(free), kl["kl_pairs"], 1e-9)
+        assert_close(poked.kl(free, "monte_carlo", samples=20_000), kl["numeric"], 0.02)
+
+
+@needs_reference
+class TestBase:
+    """The published architecture with seeded weights: 233 M parameters, about 3 GB."""
+
+    @pytest.fixture(scope="class")
+    def z(self) -> Arrays:
+        return dict(np.load(REFERENCE / "base_io.npz"))
+
+    @pytest.fixture(scope="class")
+    def model(self, z: Arrays) -> FlowPokeTransformer:
+        shapes = json.loads((REFERENCE / "state_dict_base.json").read_text())
+        weights = state_dict(1234, {key: entry["shape"] for key, entry in shapes.items()})
+        for key, first in z.items():
+            if key.startswith("weights_first4::"):
+                own = weights[key.removeprefix("weights_first4::")].flatten()[:4]
+                assert np.array_equal(own.numpy(), first), key
+        return from_reference(weights, FPT_BASE)
+
+    @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("bf16", 3e-2)])
+    def test_predictions(
+        self, model: FlowPokeTransformer, z: Arrays, precision: str, tolerance: float
+    ) -> None:
+        predictor = FlowPredictor(model, precision=precision)
+        t = inputs(1234, 448, batch=1, pokes=5, queries=16)
+        assert np.array_equal(t["image"].flatten()[:8].numpy(), z["image_first8"])
+        with torch.inference_mode():
+            scene = Scene(ModelView(448, 448, "crop"), predictor.model.encode(t["image"]))
+            args = (t["poke_pos"], t["poke_flow"], t["query_pos"])
+            for flag in (1, 0):
+                x, _ = predictor.model.run(scene.features, None, *args, torch.tensor([flag]))
+                mixture = mixture_of(predictor.model.head(x).float(), model.config)
+                assert_mixture(mixture, z, f"static{flag}.", tolerance)
+        pos, flow, queries = (x[0].numpy() for x in args)
+        free = predictor.predict(scene, pos[:0], flow[:0], queries)
+        expected = {k: v[0] for k, v in z.items() if k.startswith("nopoke_static1.")}
+        assert_mixture(free, expected, "nopoke_static1.", tolerance)
+        if precision == "fp32":
+            features = scene.features.maps[0]
+            assert_close(features[0, :, 0, 0], z["feat_row0"], 1e-4)
+            assert_close([features.mean(), features.std()], z["feat_mean_std"], 1e-4)
