@@ -259,7 +259,7 @@ def test_help_describes_every_option(run):
 class TestConvert:
     def test_published_layout_to_safetensors(self, run: Run, tmp_path: Path) -> None:
         """A seeded state dict of the public implementation, as its checkpoint files hold it."""
-        shapes = json.loads((Path(__file__).parent / "data" / "parity_shapes.json").read_text())
+        shapes = json.loads((Path(__file__).parent / "fixtures" / "parity_shapes.json").read_text())
         state = reference_weights.state_dict(77, shapes)
         source, out = tmp_path / "small.pt", tmp_path / "small.safetensors"
         torch.save({"model": state, "step": 3}, source)
