@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 Array = NDArray[np.float64]
+Reduce = Literal["mean", "median", "mode"]
+
+_MEDIAN_STEPS = 30
 
 
 def _logsumexp(x: Array, axis: int) -> Array:
@@ -126,6 +129,33 @@ class FlowMixture:
         """``[..., D]``: the mean of the most probable component."""
         best = np.argmax(self.log_weights, axis=-1)[..., None, None]
         return np.take_along_axis(self.means, best, -2)[..., 0, :]
+
+    def median(self) -> Array:
+        """``[..., D]``: the motion with the least expected end-point error (geometric median).
+
+        Where a point either stays or moves it says the likelier of the two, where the mean says
+        something between that never happens. The expected distance to a component is taken as
+        ``sqrt(|mu - x|^2 + tr Sigma)``, its bound by Jensen's inequality; the sum is convex and
+        falls with every step of Weiszfeld's (1937) iteration.
+        """
+        spread = np.sum(np.square(self.scale_tril), axis=(-1, -2))  # [..., K]
+
+        def distance(x: Array) -> Array:
+            return np.sqrt(np.sum(np.square(self.means - x[..., None, :]), -1) + spread)
+
+        candidates = np.stack([distance(self.means[..., k, :]) for k in range(self.components)], -2)
+        best = np.argmin(np.einsum("...jk,...k->...j", candidates, self.weights), -1)
+        x = np.take_along_axis(self.means, best[..., None, None], -2)[..., 0, :]
+        for _ in range(_MEDIAN_STEPS):
+            pull = self.weights / distance(x)
+            x = np.einsum("...k,...kd->...d", pull, self.means) / pull.sum(-1)[..., None]
+        return x
+
+    def reduce(self, how: Reduce) -> Array:
+        """``[..., D]``: one motion a point, by the method of that name; ValueError for others."""
+        if how not in get_args(Reduce):
+            raise ValueError(f"reduce must be one of {get_args(Reduce)}, received {how!r}")
+        return np.asarray(getattr(self, how)())
 
     def log_prob(self, motion: ArrayLike) -> Array:
         """``[...]``: log density (per unit^D) of ``motion [..., D]``."""

@@ -19,11 +19,10 @@ from torch import Tensor
 from fpt_model.encoder import preprocess
 from fpt_model.engine import prepare
 from fpt_model.geometry import ModelView, grid
-from fpt_model.mixture import FlowMixture
+from fpt_model.mixture import FlowMixture, Reduce
 from fpt_model.model import FlowPokeTransformer, ImageFeatures, PokeContext, mixture_parameters
 
 Precision = Literal["fp32", "bf16"]
-Reduce = Literal["mean", "mode", "sample"]
 Order = Literal["random", "given"]
 
 _TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -190,24 +189,21 @@ class FlowPredictor:
         poke_pos: ArrayLike,
         poke_flow: ArrayLike,
         size: tuple[int, int] = (64, 64),
-        reduce: Reduce = "mean",
+        reduce: Reduce | Literal["sample"] = "mean",
         camera_static: bool = True,
         seed: int = 0,
     ) -> NDArray[np.float32]:
         """Flow ``[h, w, D]`` at the cell centres of an ``(h, w)`` grid over the whole image.
 
-        ``reduce`` is the mixture's mean, the mean of its most probable component, or an
-        independent draw for each cell with ``seed``.
+        ``reduce`` is the mixture's mean, its median (the least expected error), the mean of its
+        most probable component ("mode"), or an independent draw for each cell with ``seed``
+        ("sample"; :meth:`sample_dense` draws coherent ones).
         """
         mixture = self.predict(scene, poke_pos, poke_flow, grid(size), camera_static)
-        if reduce == "mean":
-            flow = mixture.mean()
-        elif reduce == "mode":
-            flow = mixture.mode()
-        elif reduce == "sample":
+        if reduce == "sample":
             flow = mixture.sample(1, np.random.default_rng(seed))[0]
         else:
-            raise ValueError(f'reduce must be "mean", "mode" or "sample", received {reduce!r}')
+            flow = mixture.reduce(reduce)
         return flow.reshape(*size, -1).astype(np.float32)
 
     def sample(

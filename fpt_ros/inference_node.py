@@ -71,6 +71,7 @@ _OVERRIDABLE = (
 """Policies of each topic that parameters can change."""
 
 _FIXED = frozenset(spec.name for spec in FPT_PARAMETERS if spec.fixed)
+_CHOICES = {spec.name: spec.choices for spec in FPT_PARAMETERS if spec.choices}
 
 
 @dataclass
@@ -97,10 +98,12 @@ class FptNode(LifecycleNode):
         super().__init__("fpt", **kwargs)
         self._unchecked_change_state = self._service_change_state.callback
         self._service_change_state.callback = self._change_state
-        declare_parameters(self, FPT_PARAMETERS)
-        self.add_on_set_parameters_callback(self._check_parameters)
-        self._monitor = Monitor()
         self._predictor: FlowPredictor | None = None
+        self.add_on_set_parameters_callback(
+            self._check_parameters
+        )  # also of what is given at start
+        declare_parameters(self, FPT_PARAMETERS)
+        self._monitor = Monitor()
         self._outputs: list[tuple[LifecyclePublisher, Callable[[Answer, Header], Any]]] = []
         self._inputs: list[Subscription] = []
         self._inbox = Inbox()
@@ -256,6 +259,7 @@ class FptNode(LifecycleNode):
     def _settings(self) -> Settings:
         return Settings(
             camera_static=self._value("camera_static"),
+            flow_reduce=self._value("flow_reduce"),
             dense_size=(self._value("dense_height"), self._value("dense_width")),
             query_grid=(self._value("query_grid_height"), self._value("query_grid_width")),
             full_resolution=self._value("full_resolution"),
@@ -269,6 +273,12 @@ class FptNode(LifecycleNode):
                 successful=False,
                 reason=f"{', '.join(fixed)} can be changed only while the node is unconfigured",
             )
+        for p in parameters:
+            if p.value not in (choices := _CHOICES.get(p.name, (p.value,))):
+                return SetParametersResult(
+                    successful=False,
+                    reason=f"{p.name} must be one of {', '.join(choices)}, received {p.value!r}",
+                )
         return SetParametersResult(successful=True)
 
     # --------------------------------------------------------------------------------- topics

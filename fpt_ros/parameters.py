@@ -5,9 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import get_args
 
 from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescriptor
 from rclpy.node import Node
+
+from fpt_model.mixture import Reduce
 
 
 @dataclass(frozen=True)
@@ -19,6 +22,7 @@ class Spec:
     description: str
     minimum: int | float | None = None
     maximum: int | float | None = None
+    choices: tuple[str, ...] = ()  # all that a string may be; empty: anything
     fixed: bool = False  # changes would take effect on configure only, so they are refused after it
     read_only: bool = False  # set at start, never changed
 
@@ -48,6 +52,13 @@ FPT_PARAMETERS: tuple[Spec, ...] = (
         3.6e6,
     ),
     Spec("camera_static", True, "Whether the camera stands still during the predicted motion."),
+    Spec(
+        "flow_reduce",
+        "median",
+        "What of its distribution a point's dense flow is: mean; median, the motion with the least "
+        "expected error; or mode, that of the most probable component.",
+        choices=get_args(Reduce),
+    ),
     Spec("dense_height", 64, "Rows of the grid behind the dense outputs, cells.", 1, 1024),
     Spec("dense_width", 64, "Columns of the grid behind the dense outputs, cells.", 1, 1024),
     Spec(
@@ -82,6 +93,8 @@ def _descriptor(spec: Spec) -> ParameterDescriptor:
     )
     if spec.fixed:
         descriptor.additional_constraints = "Can be changed only while the node is unconfigured."
+    if spec.choices:
+        descriptor.additional_constraints = f"One of {', '.join(spec.choices)}."
     if isinstance(spec.default, float):
         descriptor.floating_point_range = [
             FloatingPointRange(from_value=spec.minimum, to_value=spec.maximum)

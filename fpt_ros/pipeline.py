@@ -24,7 +24,7 @@ from fpt_model.geometry import (
     normalised_to_pixels,
     pixels_to_normalised,
 )
-from fpt_model.mixture import FlowMixture
+from fpt_model.mixture import FlowMixture, Reduce
 from fpt_model.predictor import FlowPredictor, Scene
 from fpt_model.visualize import draw_overlay, flow_to_color
 from fpt_ros.pokes import Pokes, check_inside
@@ -40,6 +40,7 @@ class Settings:
     """How answers are made; the node's parameters of the same names describe them."""
 
     camera_static: bool = True
+    flow_reduce: Reduce = "median"
     dense_size: tuple[int, int] = (64, 64)  # (height, width) of the dense grid, cells
     query_grid: tuple[int, int] = (8, 8)  # (height, width) of the queries when nobody sent any
     full_resolution: bool = True
@@ -98,8 +99,9 @@ class Answer:
 
     @cached_property
     def flow(self) -> NDArray[np.float32]:
-        """The expected motion ``[h, w, 2]``, px."""
-        flow = displacement_normalised_to_pixels(self._dense.mean(), self.view.size)
+        """One motion a point ``[h, w, 2]``, px."""
+        reduced = self._dense.reduce(self._settings.flow_reduce)
+        flow = displacement_normalised_to_pixels(reduced, self.view.size)
         return self._resized(flow.reshape(*self._settings.dense_size, 2))
 
     @cached_property

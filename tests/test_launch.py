@@ -50,7 +50,9 @@ def test_the_parameter_file_holds_all_parameters_with_their_defaults() -> None:
 def documented(spec: Spec) -> str:
     """A parameter's row in docs/parameters.md."""
     default = str(spec.default).lower() if isinstance(spec.default, bool) else spec.default
-    span = "" if spec.minimum is None else f"{spec.minimum:,.10g} to {spec.maximum:,.10g}"
+    span = ", ".join(spec.choices)
+    if spec.minimum is not None:
+        span = f"{spec.minimum:,.10g} to {spec.maximum:,.10g}"
     when = "at start" if spec.read_only else "unconfigured" if spec.fixed else "any time"
     kind = type(spec.default).__name__
     return f"| `{spec.name}` | {kind} | {default} | {span} | {when} | {spec.description} |"

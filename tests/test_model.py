@@ -138,6 +138,28 @@ def random_mixture(seed: int = 0, shape: tuple[int, ...] = (6,), d: int = 2) -> 
 
 class TestMixture:
     @pytest.mark.parametrize("d", [2, 3])
+    def test_the_median_has_the_least_expected_error(self, d: int) -> None:
+        mix = random_mixture(d=d)
+        draws = mix.sample(20_000, np.random.default_rng(0))
+
+        def expected_error(x: np.ndarray) -> np.ndarray:
+            return np.linalg.norm(draws - x, axis=-1).mean(0)
+
+        least = expected_error(mix.median())
+        for other in (mix.mean(), mix.mode(), mix.median() + 0.1, mix.median() - 0.1):
+            assert (least <= expected_error(other) + 0.005).all()
+        assert np.array_equal(mix.reduce("median"), mix.median())
+        with pytest.raises(ValueError, match="received 'max'"):
+            mix.reduce("max")
+
+    def test_the_median_of_moves_or_stays_is_the_likelier(self) -> None:
+        means = np.array([[0.0, 0.0], [0.5, 0.1]])
+        tril = np.broadcast_to(0.005 * np.eye(2), (3, 2, 2, 2))
+        weights = np.array([[0.6, 0.4], [0.4, 0.6], [0.99, 0.01]])
+        mix = FlowMixture(np.log(weights), np.broadcast_to(means, (3, 2, 2)), tril)
+        assert_close(mix.median(), means[[0, 1, 0]], 0.02)
+
+    @pytest.mark.parametrize("d", [2, 3])
     def test_log_prob_equals_torch(self, d: int) -> None:
         mix = random_mixture(d=d)
         x = np.random.default_rng(1).normal(size=(6, d))

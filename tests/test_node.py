@@ -457,9 +457,10 @@ def test_lifecycle_and_laziness(model: Path) -> None:
             request = ChangeState.Request(transition=Transition(id=transition))
             return client.call(ChangeState, "/left/fpt/change_state", request).success
 
-        def set_model() -> Any:
-            value = Parameter("model", value=str(model)).to_parameter_msg()
-            request = SetParameters.Request(parameters=[value])
+        def set_parameter(name: str, value: str) -> Any:
+            request = SetParameters.Request(
+                parameters=[Parameter(name, value=value).to_parameter_msg()]
+            )
             return client.call(SetParameters, "/left/fpt/set_parameters", request).results[0]
 
         assert not change(Transition.TRANSITION_CONFIGURE)
@@ -470,16 +471,21 @@ def test_lifecycle_and_laziness(model: Path) -> None:
         assert "absent" in failed.message
         assert not change(Transition.TRANSITION_ACTIVATE)  # impossible yet, and survived
         node.wait_for("transition 3 is impossible in state 'unconfigured', expected one of: 1")
-        assert set_model().successful
+        assert set_parameter("model", str(model)).successful
         assert change(Transition.TRANSITION_CONFIGURE)
         documented = documented_topics("fpt_node", "fpt", "/left")
         wait_until(
             lambda: client.topics_of("fpt", "/left") == documented,
             explain=lambda: f"differing: {client.topics_of('fpt', '/left') ^ documented}",
         )
-        refused = set_model()
+        refused = set_parameter("model", str(model))
         assert not refused.successful
         assert "unconfigured" in refused.reason
+        assert set_parameter("flow_reduce", "mode").successful
+        refused = set_parameter("flow_reduce", "average")
+        assert refused.reason == (
+            "flow_reduce must be one of mean, median, mode, received 'average'"
+        )
         assert change(Transition.TRANSITION_ACTIVATE)
 
         client.wait_for_publisher("/left/fpt/distribution")

@@ -341,6 +341,7 @@ def answers(data: Path) -> evaluate.Answers:
         moving=moving,
         poke=np.array([s.pokes[0] for s in found]),
         mean=flow,
+        median=flow,
         mode=np.zeros_like(flow),
         kl_matched=moving.astype(float),
         kl_variational=np.zeros(moving.shape),

@@ -11,7 +11,7 @@ as in the paper, and at a random cell that truly moves, for users do not know wh
 
 End-point errors (EPE) are in cells of the grid (1/64 of the image's side), as in the paper, the
 mean over scenes of the mean over all cells, or over those that truly move; "beats" is the share of
-scenes. The dense flow is the mixture's mean, or the mean of its most probable component ("mode").
+scenes. The dense flow is the mixture's mean, its median, or its most probable component's mean.
 
 Baselines, in the same run: no motion; a disc around the poke that copies its motion, its radius the
 best one *of the reported figure's own data*; the same disc as a mask; the model's own flow
@@ -43,6 +43,7 @@ from fpt_model.geometry import (
     grid,
     normalised_to_pixels,
 )
+from fpt_model.mixture import Reduce
 from fpt_model.visualize import RGBImage, draw_overlay, flow_to_color, side_by_side
 from sim.dataset import StoredSample
 from training.data import Shards
@@ -56,6 +57,7 @@ MIN_VISIBLE_FLOW = 0.002  # image sides; bodies that nowhere move so far count a
 RADII = np.linspace(0, 1, 51)  # image sides, candidates of the disc baselines; 0 copies nothing
 KL_THRESHOLDS = np.geomspace(0.01, 100, 81)  # nats, candidates
 FLOW_THRESHOLDS = np.geomspace(0.001, 0.3, 60)  # image sides, candidates
+REDUCTIONS: tuple[Reduce, ...] = ("mean", "median", "mode")  # how mixtures become dense flow
 POKES = ("largest", "random")  # where a scene is poked
 
 FloatArray = NDArray[np.floating[Any]]
@@ -125,8 +127,9 @@ class Answers:
     flow: FloatArray  # [N, C, 2] true
     moving: Mask  # [N, C] true
     poke: NDArray[np.intp]  # [N] cell
-    mean: FloatArray  # [N, C, 2] predicted, of the mixture
-    mode: FloatArray  # [N, C, 2] predicted, of its most probable component
+    mean: FloatArray  # [N, C, 2] predicted
+    median: FloatArray  # [N, C, 2] predicted
+    mode: FloatArray  # [N, C, 2] predicted
     kl_matched: FloatArray  # [N, C] nats, the predictor's influence
     kl_variational: FloatArray  # [N, C] nats, see variational_kl
     log_prob: FloatArray  # [N, C] nats, log density of the true flow
@@ -187,8 +190,7 @@ def collect(
         for i, (name, poke) in enumerate(zip(POKES, pokes, strict=True)):
             mixture = mixtures[i]
             values = {
-                "mean": mixture.mean(),
-                "mode": mixture.mode(),
+                **{how: mixture.reduce(how) for how in REDUCTIONS},
                 "kl_matched": mixture.kl(unconditional),
                 "kl_variational": variational_kl(mixture, unconditional),
                 "log_prob": mixture.log_prob(truth.flow),
@@ -260,7 +262,7 @@ def flow_figures(answers: Answers, where: Mask) -> dict[str, Any]:
     baselines = {"no_motion": scene_means(still), "copy": discs[best]}
     figures: dict[str, Any] = {name: float(error.mean()) for name, error in baselines.items()}
     figures["copy_radius"] = float(RADII[best])
-    for name in ("mean", "mode"):
+    for name in REDUCTIONS:
         error = scene_means(endpoint_error(getattr(answers, name), answers.flow))
         figures[name] = float(error.mean())
         for baseline, reference in baselines.items():
@@ -293,8 +295,8 @@ def group_figures(answers: Answers, thresholds: dict[str, float]) -> dict[str, A
     """The main figures, for some of the scenes."""
     epe = flow_figures(answers, np.ones_like(answers.moving))
     iou = mask_figures(answers, thresholds)
-    ratios = [f"{name}_over_{base}" for name in ("mean", "mode") for base in ("no_motion", "copy")]
-    chosen = ("mean", "mode", "no_motion", "copy", *ratios)
+    ratios = [f"{name}_over_{base}" for name in REDUCTIONS for base in ("no_motion", "copy")]
+    chosen = (*REDUCTIONS, "no_motion", "copy", *ratios)
     return {
         "scenes": len(answers),
         "worlds": len(np.unique(answers.world)),
@@ -353,7 +355,7 @@ def contact_sheet(
     answers: Answers, images: list[RGBImage], threshold: float, count: int = 24
 ) -> RGBImage:
     """``count`` evenly chosen scenes in two columns: image, flows and masks, true and predicted."""
-    captions = ["poke", "true flow", "mean", "mode", "true part", "KL above threshold"]
+    captions = ["poke", "true flow", "mean", "median", "true part", "KL above threshold"]
     chosen = np.unique(np.linspace(0, len(answers) - 1, count).round().astype(int))
     rows = []
     for i in chosen:
@@ -364,7 +366,7 @@ def contact_sheet(
         largest = 1.2 * float(np.linalg.norm(answers.flow[i], axis=-1).max())
         flows = [
             flow_to_color(f[i].reshape(*SIZE, 2), largest)
-            for f in (answers.flow, answers.mean, answers.mode)
+            for f in (answers.flow, answers.mean, answers.median)
         ]
         nothing = np.zeros((0, 2))
         mask = answers.kl_matched[i] > threshold
@@ -375,10 +377,10 @@ def contact_sheet(
         panels = [draw_overlay(images[i], *pixels, nothing, None), *flows, *masks]
         errors = [
             endpoint_error(f, answers.flow[i]).mean()
-            for f in (np.zeros_like(answers.flow[i]), answers.mean[i], answers.mode[i])
+            for f in (np.zeros_like(answers.flow[i]), answers.mean[i], answers.median[i])
         ]
         iou = float(intersection_over_union(mask, answers.moving[i]))
-        title = "{}: EPE still {:.2f}, mean {:.2f}, mode {:.2f} cells; IoU {:.2f}".format(
+        title = "{}: EPE still {:.2f}, mean {:.2f}, median {:.2f} cells; IoU {:.2f}".format(
             answers.kind[i], *errors, iou
         )
         rows.append(side_by_side(panels, captions, title, panel_height=160))
