@@ -6,18 +6,14 @@ The unit and the convention of a pixel coordinate are those of `fpt_model.geomet
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from std_msgs.msg import Header
 
+from fpt_model.mixture import FlowMixture
 from fpt_msgs.msg import FlowDistribution, Poke, PokeArray, QueryArray
 from fpt_ros.images import flat_array
 from fpt_ros.pokes import Pokes, RequestError, Size
-
-if TYPE_CHECKING:  # importing torch takes seconds, which nodes that only send pokes do not need
-    from fpt_model.mixture import FlowMixture
 
 
 def pokes_from_msg(msg: PokeArray, max_pokes: int | None = None) -> Pokes:
@@ -110,8 +106,6 @@ def distribution_from_msg(msg: FlowDistribution) -> tuple[NDArray[np.float64], F
     Raises:
         RequestError: when the length of an array is not what count, components and dims say.
     """
-    from fpt_model.mixture import FlowMixture
-
     n, k, d = msg.count, msg.components, msg.dims
     shapes = {
         "queries": (n, 2),

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from fpt_model.geometry import inside_image
+
 Size = tuple[int, int]  # (height, width) in px
 
 
@@ -35,8 +37,6 @@ def check_inside(what: str, xy: NDArray[np.float64], size: Size) -> None:
     Raises:
         RequestError: naming the first of them; ``what`` is its name in the message, "poke" say.
     """
-    from fpt_model.geometry import inside_image  # which imports torch
-
     outside = np.flatnonzero(~inside_image(xy, size))
     if outside.size:
         height, width = size

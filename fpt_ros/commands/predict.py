@@ -16,11 +16,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from fpt_model import FlowMixture, FPTConfig
+from fpt_model.geometry import grid as grid_points
+from fpt_model.geometry import normalised_to_pixels
+from fpt_model.visualize import draw_overlay
 from fpt_ros.commands.arguments import UserError, parse_grid, parse_poke, parse_query
 from fpt_ros.commands.media import Frames, FramesWriter, RGBImage
+from fpt_ros.pokes import Pokes, RequestError, check_inside
 
 if TYPE_CHECKING:  # importing torch takes seconds, which help and error messages must not cost
-    from fpt_model import FlowMixture, FlowPredictor, FPTConfig
+    from fpt_model import FlowPredictor
     from fpt_ros.pipeline import Answer, Settings
 
 DEFAULT_GRID = "4x4"
@@ -79,10 +84,7 @@ def predict(
         raise UserError(f"{str(image)!r} is a video: expected --out overlay.mp4, or --json")
     writer = FramesWriter(out, frames.is_video, frames.fps) if out else None
 
-    from fpt_model.geometry import grid as grid_points
-    from fpt_model.geometry import normalised_to_pixels
     from fpt_ros.pipeline import Answer, Settings, View
-    from fpt_ros.pokes import Pokes, RequestError, check_inside
 
     pokes = Pokes(given_pokes[:, :2], given_pokes[:, 2:])
     try:
@@ -137,8 +139,6 @@ def _load(model: str) -> FlowPredictor:
 
 
 def _overlay(answer: Answer) -> RGBImage:
-    from fpt_model.visualize import draw_overlay
-
     return draw_overlay(
         answer.view.image,
         answer.pokes.xy,
