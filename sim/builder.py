@@ -7,6 +7,7 @@ largest extent is about 1. `Builder.scale` turns that unit into metres, in this 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partialmethod
 
 import mujoco
 import numpy as np
@@ -221,8 +222,9 @@ class Builder:
     ):
         return self._geom(body, mujoco.mjtGeom.mjGEOM_BOX, half, pos, quat, look, index)
 
-    def cylinder(
+    def _rod(
         self,
+        kind: mujoco.mjtGeom,
         body,
         radius: float,
         half: float,
@@ -232,24 +234,12 @@ class Builder:
         index=0,
         quat: Vector | None = None,
     ):
+        """Lies along `axis`, or along z turned by `quat`; `half` is half the straight part."""
         quat = _AXIS_QUAT[axis] if quat is None else quat
-        size = (radius, half, 0)
-        return self._geom(body, mujoco.mjtGeom.mjGEOM_CYLINDER, size, pos, quat, look, index)
+        return self._geom(body, kind, (radius, half, 0), pos, quat, look, index)
 
-    def capsule(
-        self,
-        body,
-        radius: float,
-        half: float,
-        pos: Vector = (0, 0, 0),
-        axis="z",
-        look="body",
-        index=0,
-        quat: Vector | None = None,
-    ):
-        quat = _AXIS_QUAT[axis] if quat is None else quat
-        size = (radius, half, 0)
-        return self._geom(body, mujoco.mjtGeom.mjGEOM_CAPSULE, size, pos, quat, look, index)
+    cylinder = partialmethod(_rod, mujoco.mjtGeom.mjGEOM_CYLINDER)
+    capsule = partialmethod(_rod, mujoco.mjtGeom.mjGEOM_CAPSULE)
 
     def ellipsoid(
         self,
