@@ -19,23 +19,9 @@ from launch_ros.actions import Node
 from launch_ros.parameter_descriptions import ParameterValue
 
 from fpt_ros import environment
-from fpt_ros.parameters import Spec
-from sim.kinds import HELD_OUT_KINDS, TRAIN_KINDS
+from sim import camera_node
 
 SHARE = Path(__file__).parents[1]
-
-# Parameters of the camera. Those of sim.camera_node, which a test compares: importing that module
-# takes seconds.
-CAMERA = (
-    Spec("kind", "drawer", f"What stands there: {', '.join(TRAIN_KINDS + HELD_OUT_KINDS)}."),
-    Spec("seed", 0, "Seed of the scene."),
-    Spec("future_seed", 0, "Seed of the future published as the truth."),
-    Spec("width", 640, "Width of the image, px."),
-    Spec("height", 480, "Height of the image, px."),
-    Spec("rate_hz", 10.0, "Images a second, 1/s."),
-    Spec("animate", False, "Show the present and the future in turn, a horizon long each."),
-    Spec("frame_id", "camera_optical_frame", "Frame of the images: x right, y down, z ahead."),
-)
 
 
 def generate_launch_description() -> LaunchDescription:
@@ -66,7 +52,7 @@ def generate_launch_description() -> LaunchDescription:
                 DeclareLaunchArgument(
                     spec.name, default_value=str(spec.default), description=spec.description
                 )
-                for spec in CAMERA
+                for spec in camera_node.PARAMETERS
             ),
             Node(
                 package="fpt_ros",
@@ -78,7 +64,7 @@ def generate_launch_description() -> LaunchDescription:
                         spec.name: ParameterValue(
                             LaunchConfiguration(spec.name), value_type=type(spec.default)
                         )
-                        for spec in CAMERA
+                        for spec in camera_node.PARAMETERS
                     }
                 ],
                 output="screen",

@@ -37,7 +37,7 @@ from sim import HELD_OUT_KINDS, TRAIN_KINDS
 if TYPE_CHECKING:
     from sim import Frame, Future, Simulator, Truth
 
-_PARAMETERS = tuple(
+PARAMETERS = tuple(
     replace(spec, read_only=True)
     for spec in (
         Spec("kind", "drawer", f"What stands there: {', '.join(TRAIN_KINDS + HELD_OUT_KINDS)}."),
@@ -68,7 +68,7 @@ class SimCameraNode(Node):
 
     def __init__(self) -> None:
         super().__init__("sim_camera")
-        declare_parameters(self, _PARAMETERS)
+        declare_parameters(self, PARAMETERS)
         self._frame_id: str = self._value("frame_id")
         size = (self._value("height"), self._value("width"))
         # loads MuJoCo and an OpenGL library

@@ -23,7 +23,7 @@ from fpt_ros import image_publisher, poke_publisher
 from fpt_ros.environment import claim_domain_id
 from fpt_ros.images import image_to_array
 from fpt_ros.parameters import FPT_PARAMETERS, Spec
-from sim.camera_node import _PARAMETERS as CAMERA_PARAMETERS
+from sim import camera_node
 
 LAUNCH_FILES = ("fpt.launch.py", "sim.launch.py")
 OUTPUT_TOPICS = {f"fpt/{name}" for name in ("overlay", "mask", "flow_color", "influence")}
@@ -62,7 +62,7 @@ def documented(spec: Spec) -> str:
     ("executable", "specs"),
     [
         ("fpt_node", FPT_PARAMETERS),
-        ("sim_camera_node", CAMERA_PARAMETERS),
+        ("sim_camera_node", camera_node.PARAMETERS),
         ("image_publisher", image_publisher.PARAMETERS),
         ("poke_publisher", poke_publisher.PARAMETERS),
     ],
@@ -111,14 +111,6 @@ def test_launch_arguments_are_described(file: str) -> None:
     assert arguments.keys() >= {"namespace", "image", "params_file", "use_sim_time", "log_level"}
     for spec in FPT_PARAMETERS:
         assert arguments[spec.name].description.startswith(spec.description)
-
-
-def test_the_simulated_camera_launches_with_its_own_defaults() -> None:
-    arguments = launch_arguments("sim.launch.py")
-    for spec in CAMERA_PARAMETERS:
-        (default,) = arguments[spec.name].default_value
-        described = arguments[spec.name].description
-        assert (default.text, described) == (str(spec.default), spec.description)
 
 
 needs_ros2 = pytest.mark.skipif(shutil.which("ros2") is None, reason="needs the ros2 command")

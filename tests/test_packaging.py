@@ -212,7 +212,7 @@ def test_an_executable_runs() -> None:
 def test_light_programs_start_without_heavy_libraries() -> None:
     light = ("cli", "environment", "image_publisher", "node", "parameters", "poke_publisher")
     program = (
-        f"import sys; from fpt_ros import {', '.join(light)};"
+        f"import sys; from fpt_ros import {', '.join(light)}; from sim import camera_node;"
         "from fpt_model import config, geometry, mixture, visualize;"
         "print(*sys.modules.keys() & {'torch', 'timm', 'mujoco'})"
     )
