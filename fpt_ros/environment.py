@@ -38,12 +38,16 @@ def fastdds_profile() -> Path:
     )
 
 
-def rendering_backend() -> str | None:
-    """MuJoCo's off-screen OpenGL backend that this machine has the library of; None: neither."""
-    for backend, library in (("egl", "EGL"), ("osmesa", "OSMesa")):
-        if find_library(library):
-            return backend
-    return None
+def rendering_backend(environment: Mapping[str, str] = os.environ) -> str | None:
+    """MuJoCo's off-screen OpenGL backend: "egl" or "osmesa"; None where neither is installed.
+
+    The user's MUJOCO_GL where it is one of them, else the first whose library this machine has.
+    """
+    libraries = {"egl": "EGL", "osmesa": "OSMesa"}
+    wanted = environment.get("MUJOCO_GL", "").lower()
+    if wanted in libraries:
+        return wanted
+    return next((name for name, library in libraries.items() if find_library(library)), None)
 
 
 def transport_defaults(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
@@ -68,7 +72,7 @@ def defaults(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
         "RMW_IMPLEMENTATION": "rmw_fastrtps_cpp",
         "ROS_AUTOMATIC_DISCOVERY_RANGE": "LOCALHOST",
     }
-    backend = rendering_backend()
+    backend = rendering_backend(environment)
     if backend:
         local["MUJOCO_GL"] = backend
     added = {name: value for name, value in local.items() if name not in environment}

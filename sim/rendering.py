@@ -1,9 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Off-screen pictures of worlds: one OpenGL context a thread, shared by all worlds."""
 
-import ctypes.util
-import importlib
-import os
 import threading
 from typing import NamedTuple
 
@@ -13,26 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sim.builder import COLLISION_ONLY_GROUP, MESH_SLOTS
+from sim.opengl import make_contexts
 from sim.world import FAR, NEAR, PLANE_SIZE, PLANE_SLOTS, SKY_TEXTURE, add_slots
-
-_INSTALL = (
-    "Off-screen rendering needs EGL or OSMesa. On Debian or Ubuntu install them with\n"
-    "    sudo apt-get install libegl1 libegl-mesa0 libgl1-mesa-dri\n"
-    "or, for software rendering without EGL,\n"
-    "    sudo apt-get install libosmesa6"
-)
-
-
-def _backend() -> str:
-    """ "egl" or "osmesa": the user's MUJOCO_GL if it is one of them, else what is installed."""
-    wanted = os.environ.get("MUJOCO_GL", "").lower()
-    if wanted in ("egl", "osmesa"):
-        return wanted
-    for name, library in (("egl", "EGL"), ("osmesa", "OSMesa")):
-        if ctypes.util.find_library(library):
-            return name
-    raise RuntimeError(f"neither libEGL nor libOSMesa was found. {_INSTALL}")
-
 
 SUPERSAMPLING = 2
 _MAX_GEOMS = 1000
@@ -63,14 +42,7 @@ class Studio:
         self.size = size
         self._owner: object = None  # the model whose meshes and textures are loaded
         self._textures: set[int] = set()
-        backend = _backend()
-        try:
-            # mujoco.GLContext depends on what MUJOCO_GL was when MuJoCo was first imported.
-            self._gl = importlib.import_module(f"mujoco.{backend}").GLContext(width, height)
-            self._gl.make_current()
-            self._context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_50.value)
-        except Exception as error:
-            raise RuntimeError(f"OpenGL backend {backend!r} failed: {error}. {_INSTALL}") from error
+        self._gl, self._context = make_contexts(model, (height, width))
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN.value, self._context)
         self._context.readDepthMap = mujoco.mjtDepthMap.mjDEPTH_ZEROFAR
         self._scene = mujoco.MjvScene(model, maxgeom=_MAX_GEOMS)

@@ -7,7 +7,8 @@ import sys
 import numpy as np
 import pytest
 
-from sim import HELD_OUT_KINDS, TRAIN_KINDS
+from fpt_ros import environment
+from sim import HELD_OUT_KINDS, TRAIN_KINDS, opengl
 from sim.flow import MIN_DEPTH, dense_flow, moving_bodies, point_flow
 from sim.kinds import split_kinds
 
@@ -288,9 +289,7 @@ def test_flow_and_reading_need_neither_mujoco_nor_opengl():
 
 
 def test_missing_opengl_names_the_packages(monkeypatch):
-    from sim import rendering
-
     monkeypatch.delenv("MUJOCO_GL", raising=False)
-    monkeypatch.setattr(rendering.ctypes.util, "find_library", lambda name: None)
+    monkeypatch.setattr(environment, "find_library", lambda name: None)
     with pytest.raises(RuntimeError, match="apt-get install libegl1"):
-        rendering.Studio((16, 16))
+        opengl.make_contexts()
