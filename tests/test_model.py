@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from closeness import assert_close, assert_mixtures_close
 
 from fpt_model import (
     CheckpointError,
@@ -70,18 +71,6 @@ def predictor(model: FlowPokeTransformer) -> FlowPredictor:
 @pytest.fixture(scope="module")
 def image() -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
-
-
-def assert_close(a: np.ndarray, b: np.ndarray, tolerance: float) -> None:
-    difference = np.abs(np.asarray(a) - np.asarray(b))
-    assert difference.max() <= tolerance, (
-        f"max difference {difference.max():.3g}, mean {difference.mean():.3g}"
-    )
-
-
-def assert_mixtures_close(a: FlowMixture, b: FlowMixture, tolerance: float = 1e-5) -> None:
-    for name in ("log_weights", "means", "scale_tril"):
-        assert_close(getattr(a, name), getattr(b, name), tolerance)
 
 
 class TestGeometry:

@@ -514,24 +514,21 @@ def test_lifecycle_and_laziness(model: Path) -> None:
     assert "Traceback" not in node.output
 
 
-def test_wrong_parameters_are_named() -> None:
+@pytest.mark.parametrize(
+    ("module", "parameter", "named"),
+    [
+        ("fpt_ros.node", "max_age_ms:=soon", ("max_age_ms", "soon")),
+        ("fpt_ros.poke_publisher", "rate_hz", ("rate_hz",)),
+    ],
+    ids=["wrong type", "no value"],
+)
+def test_wrong_parameters_are_named(module: str, parameter: str, named: tuple[str, ...]) -> None:
     domain, claim = claim_domain_id()
-    node = Process(python_module("fpt_ros.node", "-p", "max_age_ms:=soon"), domain)
+    node = Process(python_module(module, "-p", parameter), domain)
     with claim, node:
         node.wait_for("cannot start: ")
         assert node.process.wait(60) == 1
-    assert "max_age_ms" in node.output
-    assert "soon" in node.output
-    assert "Traceback" not in node.output
-
-
-def test_malformed_ros_arguments_are_one_line() -> None:
-    domain, claim = claim_domain_id()
-    node = Process(python_module("fpt_ros.poke_publisher", "-p", "rate_hz"), domain)
-    with claim, node:
-        node.wait_for("cannot start: ")
-        assert node.process.wait(60) == 1
-    assert "rate_hz" in node.output
+    assert all(word in node.output for word in named), node.output
     assert "Traceback" not in node.output
 
 

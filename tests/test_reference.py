@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from closeness import assert_close
 from reference_weights import inputs, state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -46,14 +47,6 @@ SMALL = FPTConfig(
 OWN = Path(__file__).parent / "fixtures"
 
 Arrays = dict[str, np.ndarray]
-
-
-def assert_close(a: np.ndarray | Tensor, b: np.ndarray, tolerance: float) -> None:
-    difference = np.abs(np.asarray(a) - np.asarray(b))
-    assert difference.shape == np.shape(b)
-    assert difference.max() <= tolerance, (
-        f"max difference {difference.max():.3g}, mean {difference.mean():.3g}"
-    )
 
 
 def assert_mixture(mixture: FlowMixture, z: Arrays, name: str, tolerance: float) -> None:
