@@ -24,6 +24,8 @@ help:
 	@echo "make clean                         remove .venv and everything generated"
 
 bootstrap:
+	@command -v python3 >/dev/null || { printf '%s\n' "[bootstrap] there is no python3. On Debian and Ubuntu install it with:" \
+		"  sudo apt-get install python3 python3-venv" >&2; exit 1; }
 	@tools/bootstrap
 
 demo: bootstrap
