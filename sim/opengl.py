@@ -41,7 +41,7 @@ def make_contexts(
         model = mujoco.MjSpec().compile() if model is None else model
         return gl, mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_50.value)
     except Exception as error:
-        raise RuntimeError(f"OpenGL backend {backend!r} failed: {error}. {_INSTALL}") from error
+        raise RuntimeError(f"OpenGL backend {backend!r} failed: {error}\n{_INSTALL}") from error
 
 
 if __name__ == "__main__":
