@@ -27,8 +27,8 @@ class FoldedRMSNorm(nn.Module):
 
     def forward(self, x: Tensor, camera_static: Tensor) -> Tensor:
         """``x [B, T, W]`` and the index ``[B]`` of the condition."""
-        scales = self.scales[camera_static][:, None].to(x.dtype)
-        return F.rms_norm(x, x.shape[-1:], eps=AdaRMSNorm.EPS) * scales
+        normed = F.rms_norm(x.float(), x.shape[-1:], eps=AdaRMSNorm.EPS)
+        return (normed * self.scales[camera_static][:, None]).to(x.dtype)
 
 
 @torch.no_grad()
@@ -51,7 +51,9 @@ def prepare(
                 setattr(module, name, FoldedRMSNorm(child, conditions))
     out.cond_emb = nn.Identity()  # type: ignore[assignment]
     for module in out.modules():
-        own = torch.float32 if isinstance(module, _EXACT) else dtype
+        # the last layer is small, and its outputs are what rounding would show in
+        exact = isinstance(module, _EXACT) or module is out.head[-1]
+        own = torch.float32 if exact else dtype
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 value = parameter.detach().to(device, own)

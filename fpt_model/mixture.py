@@ -138,16 +138,17 @@ class FlowMixture:
         ``sqrt(|mu - x|^2 + tr Sigma)``, its bound by Jensen's inequality; the sum is convex and
         falls with every step of Weiszfeld's (1937) iteration.
         """
+        weights = self.weights
         spread = np.sum(np.square(self.scale_tril), axis=(-1, -2))  # [..., K]
 
         def distance(x: Array) -> Array:
             return np.sqrt(np.sum(np.square(self.means - x[..., None, :]), -1) + spread)
 
         candidates = np.stack([distance(self.means[..., k, :]) for k in range(self.components)], -2)
-        best = np.argmin(np.einsum("...jk,...k->...j", candidates, self.weights), -1)
+        best = np.argmin(np.einsum("...jk,...k->...j", candidates, weights), -1)
         x = np.take_along_axis(self.means, best[..., None, None], -2)[..., 0, :]
         for _ in range(_MEDIAN_STEPS):
-            pull = self.weights / distance(x)
+            pull = weights / distance(x)
             x = np.einsum("...k,...kd->...d", pull, self.means) / pull.sum(-1)[..., None]
         return x
 

@@ -71,7 +71,7 @@ class PokeContext:
 def append(past: Tensor | None, pokes: int, new: Tensor) -> Tensor:
     """``new [B, H, P, E]`` behind the first ``pokes`` of ``past``, in place where that has room."""
     if past is None:
-        return new
+        return new.clone()  # a view would keep the keys and values of all queries alive
     end = pokes + new.shape[2]
     if past.shape[2] < end:
         return torch.cat([past[:, :, :pokes], new], 2)
@@ -148,7 +148,8 @@ class Layer(nn.Module):
     def image_memory(self, tokens: Tensor, rotation: Rotation) -> KeyValue:
         """Cross-attention keys and values of image tokens ``[B, N, C]``."""
         k, v = (split_heads(t, self.heads) for t in self.cross_kv(tokens).chunk(2, -1))
-        return rotate(scaled_cosine(k, self.cross_scale), rotation), v
+        # contiguous: a view would keep the raw keys alive
+        return rotate(scaled_cosine(k, self.cross_scale), rotation), v.contiguous()
 
     def forward(
         self,
@@ -243,6 +244,27 @@ class TokenEmbedding(nn.Module):
         return x
 
 
+class Head(nn.Sequential):
+    """Tokens ``[..., W]`` to raw outputs ``[..., raw_dim]``, of the type of the last layer."""
+
+    def __init__(self, width: int, raw_dim: int) -> None:
+        super().__init__(
+            RMSNorm(width, eps=1e-6),
+            nn.Linear(width, width),
+            nn.SiLU(),
+            nn.Linear(width, width),
+            nn.SiLU(),
+            nn.Linear(width, raw_dim),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        *hidden, last = self.children()
+        for module in hidden:
+            x = module(x)
+        assert isinstance(last, nn.Linear)
+        return last(x.to(last.weight.dtype))
+
+
 class FlowPokeTransformer(nn.Module):
     """The whole model. See the module's docstring for shapes and coordinates."""
 
@@ -256,14 +278,7 @@ class FlowPokeTransformer(nn.Module):
         self.rope = AxialRoPE(config.heads, config.head_dim)
         layers = [Layer(config, self.encoder.dims[-1]) for _ in range(config.depth)]
         self.layers: list[Layer] = nn.ModuleList(layers)  # type: ignore[assignment]
-        self.head = nn.Sequential(
-            RMSNorm(w, eps=1e-6),
-            nn.Linear(w, w),
-            nn.SiLU(),
-            nn.Linear(w, w),
-            nn.SiLU(),
-            nn.Linear(w, config.raw_dim),
-        )
+        self.head = Head(w, config.raw_dim)
 
     def encode(self, image: Tensor) -> ImageFeatures:
         """``[B, 3, S, S]`` in [-1, 1] to features and all layers' cross-attention memory."""

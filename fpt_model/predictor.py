@@ -179,7 +179,7 @@ class FlowPredictor:
             chunks.append(self.model.head(x[:, new_pos.shape[1] :]).float())
             new_pos, new_flow = new_pos[:, :0], new_flow[:, :0]
         assert context is not None  # there is at least one chunk, be it empty
-        if batch == 1 and (known is None or context.pokes > old):
+        if batch == 1 and context.pokes > old:
             scene.known[camera_static] = KnownPokes(pos[0], flow[0], context)
         return torch.cat(chunks, dim=1), context
 

@@ -93,15 +93,16 @@ class Answer:
     def distribution(self) -> FlowMixture:
         """The motion ``[Q]`` of each query, px."""
         with self._stage("predict"):
-            return self._predict(pixels_to_normalised(self.queries, self.view.size)).scaled(
-                *displacement_normalised_to_pixels((1.0, 1.0), self.view.size)
-            )
+            positions = pixels_to_normalised(self.queries, self.view.size)
+            return self._in_pixels(self._predict(positions))
 
     @cached_property
     def flow(self) -> NDArray[np.float32]:
         """One motion a point ``[h, w, 2]``, px."""
-        reduced = self._dense.reduce(self._settings.flow_reduce)
-        flow = displacement_normalised_to_pixels(reduced, self.view.size)
+        dense = self._dense  # a stage of its own
+        with self._stage("flow"):
+            # in px before it is reduced: the least expected error depends on the unit of the axes
+            flow = self._in_pixels(dense).reduce(self._settings.flow_reduce)
         return self._resized(flow.reshape(*self._settings.dense_size, 2))
 
     @cached_property
@@ -157,6 +158,9 @@ class Answer:
     def _dense(self) -> FlowMixture:
         with self._stage("dense"):
             return self._predict(grid(self._settings.dense_size))
+
+    def _in_pixels(self, mixture: FlowMixture) -> FlowMixture:
+        return mixture.scaled(*displacement_normalised_to_pixels((1.0, 1.0), self.view.size))
 
     def _predict(self, positions: NDArray[np.float64]) -> FlowMixture:
         return self._predictor.predict(

@@ -281,6 +281,7 @@ class TestConvert:
             assert torch.equal(half[key], value.half().float()), key
         for arguments, message in (
             ((model_file, out), "exists already"),
+            ((model_file, tmp_path / "no" / "x.safetensors"), "does not exist"),
             ((model_file, tmp_path / "x.pt"), "must end with .safetensors, received"),
             ((model_file, tmp_path / "y.safetensors", "--dtype", "int8"), "received 'int8'"),
             ((tmp_path / "none.pt", tmp_path / "y.safetensors"), "none.pt"),

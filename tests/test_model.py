@@ -510,7 +510,6 @@ class TestCheckpoint:
             load_model(tmp_path / "n.pt")
 
     def test_wrong_tensor_is_named(self, model: FlowPokeTransformer, tmp_path: Path) -> None:
-        import json
 
         from safetensors.torch import save_file
 

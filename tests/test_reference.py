@@ -182,7 +182,8 @@ class TestSmall:
         args = (t["poke_pos"], t["poke_flow"], t["query_pos"], t["camera_static"])
         found = outputs_of(modules, lambda: model.run(features, None, *args))
         for name, value in found.items():
-            assert_close(value, z[name], 1e-5)
+            # the residual stream reaches 10, and is 3e-5 off float64 in both implementations
+            assert_close(value, z[name], 1.5e-5 if name == "layer1.out" else 1e-5)
         with torch.no_grad():
             raw = model.head(found["layer1.out"])
         assert_close(raw, z["out_raw24"], 1e-5)

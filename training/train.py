@@ -14,7 +14,6 @@ import json
 import logging
 import math
 import os
-import random
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -79,8 +78,14 @@ def freeze_stages(model: FlowPokeTransformer, stages: int) -> None:
         return
     backbone = model.encoder.backbone
     frozen = ("conv_stem.", "bn1.", *(f"blocks_{i}." for i in range(stages)))
-    for name, parameter in backbone.named_parameters():
-        if name.startswith(frozen):
+    for prefix in frozen:
+        found = [p for name, p in backbone.named_parameters() if name.startswith(prefix)]
+        if not found:
+            raise ValueError(
+                "frozen_encoder_stages needs a flattened EfficientNet as encoder, received "
+                f"{model.config.encoder!r}, which has no {prefix}*"
+            )
+        for parameter in found:
             parameter.requires_grad_(False)
 
 
@@ -176,7 +181,6 @@ class Trainer:
         self.config, self.out = config, out
         optim = config.optim
         torch.manual_seed(optim.seed)
-        random.seed(optim.seed)
         self.model = FlowPokeTransformer(config.model)
         if optim.pretrained_encoder:
             load_pretrained_encoder(self.model)

@@ -33,6 +33,8 @@ def convert(
         raise UserError(f"--dtype must be one of {', '.join(_TYPES)}, received {dtype!r}")
     if out.suffix != ".safetensors":
         raise UserError(f"the file to write must end with .safetensors, received {str(out)!r}")
+    if not out.parent.is_dir():
+        raise UserError(f"the folder of {str(out)!r} does not exist")
     if out.exists():
         raise UserError(f"{str(out)!r} exists already")
 
