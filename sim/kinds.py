@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Names of the object kinds, and which of them a model may be trained on."""
 
-TRAIN_KINDS = ("drawer", "door", "slider", "knob", "arm", "body")
+TRAIN_KINDS = ("drawer", "door", "slider", "knob", "arm", "body", "assembly")
 """Kinds of the "train" and "val" splits."""
 
 HELD_OUT_KINDS = ("lid", "lever", "turntable")

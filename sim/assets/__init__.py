@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import mujoco
 
-from sim.assets import bodies, furniture, held_out, mechanisms, sliders
+from sim.assets import assembly, bodies, furniture, held_out, mechanisms, sliders
 from sim.builder import Builder, Extent
 
 BUILDERS: dict[str, Callable[[Builder, mujoco.MjsBody], Extent]] = {
@@ -18,6 +18,7 @@ BUILDERS: dict[str, Callable[[Builder, mujoco.MjsBody], Extent]] = {
     "knob": mechanisms.knob,
     "arm": mechanisms.arm,
     "body": bodies.body,
+    "assembly": assembly.assembly,
     "lid": held_out.lid,
     "lever": held_out.lever,
     "turntable": held_out.turntable,

@@ -9,7 +9,7 @@ from sim.builder import Builder, Extent, multiply, turn
 Body = mujoco.MjsBody
 
 
-def _dial(b: Builder, part: Body, radius: float, index: int) -> None:
+def add_dial(b: Builder, part: Body, radius: float, index: int) -> None:
     """A knob around the z axis of `part`, standing on z = 0; never fully symmetric."""
     depth = radius * b.uniform(0.25, 0.9)
     style = b.integer(0, 6)
@@ -97,7 +97,7 @@ def knob(b: Builder, root: Body) -> Extent:
             limit = b.uniform(1.0, 3.0)
             size = radius * (b.uniform(0.6, 1) if b.chance(0.3) else 1.0)
             part = b.hinge(panel, at, (0, 0, 1), (-limit, limit), rest=0.3)
-            _dial(b, part, size, index)
+            add_dial(b, part, size, index)
             if b.chance(0.4):  # scale around it
                 marks = b.integer(3, 9)
                 for i in range(marks):
