@@ -41,6 +41,10 @@ class FPTConfig:
     # features at a token's position: grid_sample's align_corners. True reproduces the public
     # implementation (and its half-token shift at the borders); False is exact.
     sample_align_corners: bool = False
+    # what tokens and context cells know of their own position besides the rotary embedding, which
+    # tells attention where to look but not what was looked at where: bands of a Fourier embedding,
+    # see fpt_model.layers.position_features. 0, as in the public implementation: nothing.
+    position_bands: int = 0
     # --- head ----------------------------------------------------------------------------------
     flow_dim: int = 2  # 2: (x, y); 3: (x, y, relative depth)
     components: int = 4  # Gaussians of the mixture
@@ -63,6 +67,10 @@ class FPTConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be an integer >= 1, received {value!r}")
+        if not isinstance(self.position_bands, int) or self.position_bands < 0:
+            raise ValueError(
+                f"position_bands must be an integer >= 0, received {self.position_bands!r}"
+            )
         if self.flow_dim not in (2, 3):
             raise ValueError(f"flow_dim must be 2 or 3, received {self.flow_dim!r}")
         if self.head_dim % 4:
@@ -93,6 +101,11 @@ class FPTConfig:
     def heads(self) -> int:
         """Attention heads of a layer."""
         return self.width // self.head_dim
+
+    @property
+    def position_dim(self) -> int:
+        """Channels of :func:`fpt_model.layers.position_features`."""
+        return 2 + 4 * self.position_bands if self.position_bands else 0
 
     @property
     def raw_dim(self) -> int:

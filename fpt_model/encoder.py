@@ -21,6 +21,7 @@ from fpt_model.layers import (
     attend,
     grid_positions,
     merge_heads,
+    position_features,
     rotate,
     scaled_cosine,
     split_heads,
@@ -119,7 +120,8 @@ class ContextEncoder(nn.Module):
                 f"context_width must be a multiple of head_dim = {config.head_dim}, received {w}"
             )
         self.norms = nn.ModuleList(nn.LayerNorm(c) for c in channels)
-        self.project = nn.Linear(sum(channels), w, bias=False)
+        self.position_bands = config.position_bands
+        self.project = nn.Linear(sum(channels) + config.position_dim, w, bias=False)
         self.rope = AxialRoPE(w // config.head_dim, config.head_dim)
         self.blocks = nn.ModuleList(ContextBlock(config) for _ in range(config.context_depth))
         self.norm_out = RMSNorm(w, eps=1e-6)
@@ -132,8 +134,11 @@ class ContextEncoder(nn.Module):
             for norm, m in zip(self.norms, maps, strict=True)
         ]
         resized = [F.interpolate(m, (h, w), mode="bilinear") for m in normed[1:]]
-        x = self.project(torch.cat([normed[0], *resized], 1).flatten(2).transpose(1, 2))
-        rotation = self.rope(grid_positions(h, w, x.device)[None])
+        cells = torch.cat([normed[0], *resized], 1).flatten(2).transpose(1, 2)
+        pos = grid_positions(h, w, cells.device)[None]
+        place = position_features(pos, self.position_bands).to(cells.dtype)
+        x = self.project(torch.cat([cells, place.expand(len(cells), -1, -1)], -1))
+        rotation = self.rope(pos)
         for block in self.blocks:
             x = block(x, rotation)
         return self.norm_out(x).transpose(1, 2).unflatten(2, (h, w))

@@ -45,6 +45,20 @@ class AxialRoPE(nn.Module):
         return angles.cos(), angles.sin()
 
 
+def position_features(pos: Tensor, bands: int) -> Tensor:
+    """``[..., 2 + 4 * bands]`` of positions ``[..., 2]``; ``[..., 0]`` without bands.
+
+    With s = 2 pos - 1: s itself, then sines, then cosines of ``pi 2^k s``, k < bands, x before y
+    in each (the Fourier features of Mildenhall et al., "NeRF", ECCV 2020, equation 4).
+    """
+    if not bands:
+        return pos[..., :0]
+    s = 2 * pos.float() - 1
+    rates = math.pi * 2.0 ** torch.arange(bands, device=pos.device)
+    angles = (s[..., None] * rates).flatten(-2)  # [..., 2 * bands]
+    return torch.cat([s, angles.sin(), angles.cos()], -1)
+
+
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     """Rotate the pairs ``(p, p + E / 2)`` of ``x [B, H, T, E]``."""
     a, b = x.float().chunk(2, dim=-1)

@@ -28,6 +28,7 @@ from fpt_model.layers import (
     attend,
     grid_positions,
     merge_heads,
+    position_features,
     rotate,
     sample_maps,
     scaled_cosine,
@@ -226,7 +227,8 @@ class TokenEmbedding(nn.Module):
         nn.init.trunc_normal_(self.query_token, std=0.02)
         coeffs = 2 * math.pi * torch.arange(1, w // 2 + 1)
         self.register_buffer("coeffs", coeffs, persistent=False)
-        self.project = nn.Linear(d * w + image_dim, w, bias=False)
+        self.position_bands = config.position_bands
+        self.project = nn.Linear(d * w + image_dim + config.position_dim, w, bias=False)
         self.blocks = nn.ModuleList([ResidualMLP(w), ResidualMLP(w)])
 
     def forward(
@@ -236,9 +238,12 @@ class TokenEmbedding(nn.Module):
         u = (torch.tanh(self.prescale * poke_flow.float()) + 1) / 2
         phase = u[..., None] * self.coeffs  # [B, P, D, W / 2]
         motion = torch.cat([phase.sin(), phase.cos()], -1).flatten(2)  # [B, P, D * W]
-        local = sample_maps(maps, torch.cat([poke_pos, query_pos], 1), self.align_corners)
+        pos = torch.cat([poke_pos, query_pos], 1)
+        local = sample_maps(maps, pos, self.align_corners)
         token = self.query_token.to(local.dtype).expand(*query_pos.shape[:2], -1)
-        x = self.project(torch.cat([torch.cat([motion.to(local.dtype), token], 1), local], -1))
+        kind = torch.cat([motion.to(local.dtype), token], 1)
+        place = position_features(pos, self.position_bands).to(local.dtype)
+        x = self.project(torch.cat([kind, local, place], -1))
         for block in self.blocks:
             x = x + block(x)
         return x

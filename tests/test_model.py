@@ -21,6 +21,7 @@ from fpt_model import (
     load_model,
     save_model,
 )
+from fpt_model.layers import position_features
 from fpt_model.model import mixture_parameters, negative_log_likelihood
 
 SMALL = FPTConfig(
@@ -45,6 +46,7 @@ CONVOLUTIONAL = dataclasses.replace(
         "feature_cfg": {"flatten_sequential": True},
     },
     context_width=32,
+    position_bands=3,
 )
 
 
@@ -263,6 +265,17 @@ class TestModel:
         assert fine.max() > 0
         assert context[:16, :16].min() > 0
 
+    def test_position_features(self) -> None:
+        pos = torch.tensor([[0.75, 0.5], [0.0, 1.0]])
+        s = np.array([[0.5, 0.0], [-1.0, 1.0]])
+        angles = np.stack([np.pi * s[:, 0], 2 * np.pi * s[:, 0]], -1)
+        angles = np.concatenate([angles, np.stack([np.pi * s[:, 1], 2 * np.pi * s[:, 1]], -1)], -1)
+        expected = np.concatenate([s, np.sin(angles), np.cos(angles)], -1)
+        assert_close(position_features(pos, 2).numpy(), expected, 1e-6)
+        assert position_features(pos, 0).shape == (2, 0)
+        config = dataclasses.replace(SMALL, position_bands=2)
+        assert config.position_dim == expected.shape[1]
+
     def test_the_flag_matters(self, model: FlowPokeTransformer) -> None:
         features = model.encode(torch.zeros(1, 3, 32, 32))
         none, query = torch.empty(1, 0, 2), torch.rand(1, 4, 2)
@@ -281,7 +294,7 @@ class TestModel:
 
     @pytest.mark.parametrize(
         ("field", "value"),
-        [("width", 50), ("flow_dim", 4), ("depth", 0), ("min_std", 0.0), ("fit", "pad")],
+        [("width", 50), ("flow_dim", 4), ("position_bands", -1), ("depth", 0), ("min_std", 0.0), ("fit", "pad")],
     )
     def test_configuration_names_the_bad_value(self, field: str, value: object) -> None:
         with pytest.raises(ValueError, match=f"{field}.*{value}"):

@@ -43,6 +43,7 @@ CONFIG = RunConfig.from_dict(
             "steps": 4,
             "warmup_steps": 2,
             "segment_weight": 1.0,
+            "optimiser": "muon",
             "precision": "fp32",
             "checkpoint_every": 2,
             "validate_every": 2,
@@ -275,7 +276,7 @@ def test_training_learns(data: Path, tmp_path: Path) -> None:
     config = RunConfig.from_dict(
         {
             **CONFIG.to_dict(),
-            "optim": {**CONFIG.to_dict()["optim"], "steps": 60, "validate_every": 60},
+            "optim": {**CONFIG.to_dict()["optim"], "steps": 200, "validate_every": 200},
         }
     )
     trainer = train.Trainer(config, data, tmp_path)
@@ -297,8 +298,49 @@ def test_another_configuration_does_not_resume(data: Path, run: Path) -> None:
 def test_batch_statistics_need_a_pretrained_encoder(data: Path, tmp_path: Path) -> None:
     values = RunConfig.load("training/configs/tiny.yaml").to_dict()
     values["optim"] |= {"pretrained_encoder": False}
-    with pytest.raises(ValueError, match="pretrained_encoder = true, received false"):
+    with pytest.raises(ValueError, match=r"pretrained_encoder = true or .*, received neither"):
         train.Trainer(RunConfig.from_dict(values), data, tmp_path)
+
+
+def larger(config: RunConfig, **model: object) -> FlowPokeTransformer:
+    torch.manual_seed(1)
+    return FlowPokeTransformer(replace(config.model, **model))
+
+
+def test_a_larger_model_goes_on_where_the_smaller_one_stopped(run: Path) -> None:
+    small = load_model(run / "model.safetensors")
+    model = larger(CONFIG, position_bands=2).eval()
+    train.start_from(model, str(run / "model.safetensors"))
+    g = torch.Generator().manual_seed(0)
+    image = torch.rand(1, 3, 32, 32, generator=g) * 2 - 1
+    asked = torch.rand(1, 2, 2, generator=g), torch.rand(1, 2, 2, generator=g)
+    asked = *asked, torch.rand(1, 1, 4, 2, generator=g), torch.tensor([True]), torch.tensor([2])
+    with torch.no_grad():
+        assert (model(image, *asked) - small(image, *asked)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"depth": 1}, "layers.1.* which the run's model has not"), ({"width": 64}, "has shape")],
+)
+def test_misfits_to_start_from_are_named(run: Path, change: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        train.start_from(larger(CONFIG, **change), str(run / "model.safetensors"))
+
+
+def test_only_matrices_of_blocks_are_trained_by_muon() -> None:
+    config = RunConfig.load("training/configs/tiny.yaml", ["optim.optimiser=muon"])
+    learner = train.Learner(FlowPokeTransformer(config.model))
+    names = {id(p): name for name, p in learner.named_parameters()}
+    adamw, muon = train.make_optimisers(learner, config.optim)
+    both = [{names[id(p)] for g in o.param_groups for p in g["params"]} for o in (adamw, muon)]
+    assert both[0] | both[1] == set(names.values())
+    assert not both[0] & both[1]
+    kinds = {name.split(".")[-2] for name in both[1]}
+    assert kinds == {
+        *("qkv", "out", "ffn_up", "ffn_down"),  # of the encoder's context
+        *("self_qkv", "self_out", "cross_q", "cross_kv"),
+    }
 
 
 @pytest.mark.parametrize(("decay", "falls_from"), [(None, 100), (300, 700)])

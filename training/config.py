@@ -99,6 +99,11 @@ class OptimConfig:
     ema_decay: float = 0.999
     frozen_encoder_stages: int = 0  # leading stages of a convolutional encoder left as they are
     pretrained_encoder: bool = False  # start from ImageNet weights, see training.pretrained
+    # go on from a shipped model's name or file; see training.train.start_from for what may differ
+    start_from: str | None = None
+    # of the weight matrices inside transformer blocks: "muon" (Jordan et al. 2024) gives all their
+    # directions the same rate, all else is trained by AdamW
+    optimiser: str = "adamw"
     precision: str = "bf16"  # "fp32" or "bf16" (autocast)
     compile: bool = False  # torch.compile: a minute at the start, then about a fifth faster
     seed: int = 0
@@ -108,6 +113,13 @@ class OptimConfig:
     def __post_init__(self) -> None:
         if self.precision not in ("fp32", "bf16"):
             raise ValueError(f'precision must be "fp32" or "bf16", received {self.precision!r}')
+        if self.optimiser not in ("adamw", "muon"):
+            raise ValueError(f'optimiser must be "adamw" or "muon", received {self.optimiser!r}')
+        if self.pretrained_encoder and self.start_from:
+            raise ValueError(
+                "pretrained_encoder and start_from exclude each other, received true and "
+                f"{self.start_from!r}"
+            )
 
 
 @dataclass(frozen=True)

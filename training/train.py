@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from fpt_model import FlowPokeTransformer, save_model
+from fpt_model import FlowPokeTransformer, load_model, save_model
 from fpt_model.layers import sample_maps
 from fpt_model.model import mixture_parameters, negative_log_likelihood
 from training.config import OptimConfig, RunConfig
@@ -45,28 +45,66 @@ def learning_rate_factor(step: int, optim: OptimConfig) -> float:
     return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, progress))))
 
 
-def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
-    """Backbone and rest with their own rates; no weight decay on vectors and embeddings."""
-    groups = []
-    for backbone in (True, False):
-        for decay in (True, False):
-            params = [
-                p
-                for name, p in model.named_parameters()
-                if p.requires_grad
-                and ("encoder.backbone." in name) == backbone
-                and (p.ndim >= 2 and "cond_emb" not in name) == decay
-            ]
-            rate = optim.encoder_learning_rate if backbone else optim.learning_rate
-            groups.append(
-                {
-                    "params": params,
-                    "lr": rate,
-                    "peak": rate,
-                    "weight_decay": optim.weight_decay if decay else 0.0,
-                }
-            )
-    return [g for g in groups if g["params"]]
+def make_optimisers(model: nn.Module, optim: OptimConfig) -> list[torch.optim.Optimizer]:
+    """One optimiser for all, or a second for the matrices of transformer blocks.
+
+    Backbone and rest have their own rates; vectors and embeddings no weight decay. Muon's steps
+    are scaled to the size of AdamW's, so that one rate serves both (Liu et al., "Muon is scalable
+    for LLM training", 2025). The norms' matrices see only two inputs, so their directions are not
+    all alike.
+    """
+    groups: dict[tuple[bool, bool, bool], list[nn.Parameter]] = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            inner = ("layers." in name or "context.blocks." in name) and "norm" not in name
+            muon = optim.optimiser == "muon" and p.ndim == 2 and inner
+            decay = p.ndim >= 2 and "cond_emb" not in name
+            groups.setdefault((muon, "encoder.backbone." in name, decay), []).append(p)
+
+    def options(muon: bool) -> list[dict[str, Any]]:
+        rates = {True: optim.encoder_learning_rate, False: optim.learning_rate}
+        return [
+            {
+                "params": params,
+                "lr": rates[backbone],
+                "peak": rates[backbone],
+                "weight_decay": optim.weight_decay if decay else 0.0,
+            }
+            for (by_muon, backbone, decay), params in groups.items()
+            if by_muon == muon
+        ]
+
+    adamw = torch.optim.AdamW(options(False), betas=(0.9, 0.99), fused=True)
+    if optim.optimiser == "adamw":
+        return [adamw]
+    return [adamw, torch.optim.Muon(options(True), adjust_lr_fn="match_rms_adamw")]
+
+
+def start_from(model: FlowPokeTransformer, name: str) -> None:
+    """Copy the weights of the shipped model or file ``name`` into ``model`` (in place).
+
+    ``model`` may be larger in two ways: further tensors stay as they were initialised, and further
+    inputs of a matrix, which stand last, begin with weight zero. ValueError names what else
+    differs.
+    """
+    source = load_model(name).state_dict()
+    own = model.state_dict()
+    if missing := sorted(set(source) - set(own)):
+        raise ValueError(f"{name} has the tensor {missing[0]!r}, which the run's model has not")
+    for key, value in source.items():
+        target = own[key]
+        if target.shape != value.shape:
+            wider = target.ndim == 2 and len(target) == len(value)
+            if not wider or target.shape[1] < value.shape[1]:
+                raise ValueError(
+                    f"{name}: tensor {key!r} has shape {list(value.shape)}, the run's model "
+                    f"{list(target.shape)}"
+                )
+            target.zero_()
+            target = target[:, : value.shape[1]]
+        target.copy_(value)
+    new = sorted(set(own) - set(source))
+    log.info("started from %s; %d new tensors %s", name, len(new), new[:5])
 
 
 def freeze_stages(model: FlowPokeTransformer, stages: int) -> None:
@@ -184,18 +222,18 @@ class Trainer:
         self.model = FlowPokeTransformer(config.model)
         if optim.pretrained_encoder:
             load_pretrained_encoder(self.model)
-        elif self.model.encoder.convolutional:
+        elif self.model.encoder.convolutional and not optim.start_from:
             raise ValueError(
                 "a convolutional encoder keeps the batch statistics it comes with and so needs "
-                "optim.pretrained_encoder = true, received false"
+                "optim.pretrained_encoder = true or optim.start_from, received neither"
             )
+        if optim.start_from:
+            start_from(self.model, optim.start_from)
         freeze_stages(self.model, optim.frozen_encoder_stages)
         self.learner = Learner(self.model)
         self.forward = torch.compile(self.learner) if optim.compile else self.learner
         self.average = copy.deepcopy(self.learner).eval().requires_grad_(False)
-        self.optimiser = torch.optim.AdamW(
-            parameter_groups(self.learner, optim), betas=(0.9, 0.99), fused=True
-        )
+        self.optimisers = make_optimisers(self.learner, optim)
         self.visible = torch.tensor(config.data.visible_pokes)
         self.step = 0
         self.cpu_seconds = 0.0
@@ -222,7 +260,7 @@ class Trainer:
         return {
             "learner": self.learner.state_dict(),
             "average": self.average.state_dict(),
-            "optimiser": self.optimiser.state_dict(),
+            "optimisers": [o.state_dict() for o in self.optimisers],
             "step": self.step,
             "cpu_seconds": self.cpu_seconds,
         }
@@ -232,7 +270,8 @@ class Trainer:
         state = torch.load(self.checkpoint, weights_only=True)
         self.learner.load_state_dict(state["learner"])
         self.average.load_state_dict(state["average"])
-        self.optimiser.load_state_dict(state["optimiser"])
+        for optimiser, its in zip(self.optimisers, state["optimisers"], strict=True):
+            optimiser.load_state_dict(its)
         self.step, self.cpu_seconds = state["step"], state["cpu_seconds"]
         log.info("resumed %s at step %d", self.checkpoint, self.step)
 
@@ -281,16 +320,18 @@ class Trainer:
     def _train_step(self, batch: Example) -> tuple[float, float]:
         optim = self.config.optim
         factor = learning_rate_factor(self.step, optim)
-        for group in self.optimiser.param_groups:
-            group["lr"] = group["peak"] * factor
+        for optimiser in self.optimisers:
+            for group in optimiser.param_groups:
+                group["lr"] = group["peak"] * factor
         nll, segments = self._loss(batch)
         loss = nll + optim.segment_weight * segments
         if not torch.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss.item()} at step {self.step}")
-        self.optimiser.zero_grad(set_to_none=True)
+        self.learner.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(self.learner.parameters(), optim.gradient_clip)
-        self.optimiser.step()
+        for optimiser in self.optimisers:
+            optimiser.step()
         decay = min(optim.ema_decay, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
             for mean, current in zip(
