@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -19,6 +20,23 @@ from fpt_model.config import FPT_BASE, FPTConfig
 from fpt_model.model import FlowPokeTransformer
 
 _CONFIG_KEY = "fpt_config"
+
+# what names of tensors begin with: the public implementation's, and ours
+_PREFIXES = (
+    ("image_embedder.model.register_tokens", "encoder.backbone.reg_token"),
+    ("image_embedder.model.", "encoder.backbone."),
+    ("input_mlp.query_token", "embed.query_token"),
+    ("input_mlp.mlp.0.", "embed.project."),
+    ("input_mlp.mlp.1.", "embed.blocks.0."),
+    ("input_mlp.mlp.2.", "embed.blocks.1."),
+    ("transformer.layers.", "layers."),
+    ("out_mlp.", "head."),
+)
+# of its tensors those that are never applied, or constants
+_UNUSED = (".cross_out.weight", "pos_emb.freqs", "input_mlp.coeffs", "mask_token")
+_POSITIONS = "encoder.backbone.pos_embed"
+_CLASS_TOKEN = "encoder.backbone.cls_token"
+_PATCH = 14  # px, of the reference's DINOv2
 
 
 class CheckpointError(ValueError):
@@ -105,50 +123,50 @@ def save_model(
 
 
 def from_reference(state_dict: Mapping[str, Tensor], config: FPTConfig) -> FlowPokeTransformer:
-    """Build a model from the state dict of the public FPT implementation.
+    """:meth:`FlowPokeTransformer.from_reference`.
 
     Its DINOv2 position table is resampled once, here, to the configuration's token grid (bicubic,
-    antialiased). Tensors that its forward pass never uses are dropped. Raises CheckpointError.
+    antialiased). Tensors that its forward pass never uses are dropped.
     """
-    return _build(config, convert_reference(state_dict, config), "the reference state dict")
-
-
-def convert_reference(state_dict: Mapping[str, Tensor], config: FPTConfig) -> dict[str, Tensor]:
-    """The reference's tensors under this package's names."""
-    image = "image_embedder.model."
-    out: dict[str, Tensor] = {}
+    origin = "the reference state dict"
     for key, value in state_dict.items():
-        if key.endswith((".cross_out.weight", "pos_emb.freqs", "input_mlp.coeffs", "mask_token")):
-            continue  # never applied, or constants
-        if key.startswith(image):
-            out[
-                "encoder.backbone."
-                + key.removeprefix(image).replace("register_tokens", "reg_token")
-            ] = value
-        elif key == "input_mlp.query_token":
-            out["embed.query_token"] = value.flatten()
-        elif key == "input_mlp.mlp.0.weight":
-            out["embed.project.weight"] = value
-        elif key.startswith("input_mlp.mlp."):
-            block, rest = key.removeprefix("input_mlp.mlp.").split(".", 1)
-            out[f"embed.blocks.{int(block) - 1}.{rest}"] = value
-        elif key.startswith("transformer."):
-            out[key.removeprefix("transformer.")] = value
-        elif key.startswith("out_mlp."):
-            out["head." + key.removeprefix("out_mlp.")] = value
-        else:
-            out[key] = value
-
-    table = out.get("encoder.backbone.pos_embed")
-    cls_token = out.get("encoder.backbone.cls_token")
-    if table is not None and cls_token is not None:
+        if not isinstance(value, Tensor):
+            raise CheckpointError(f"{origin}: {key!r} is no tensor, received {type(value)}")
+    state = {_own_name(k): v for k, v in state_dict.items() if not k.endswith(_UNUSED)}
+    for name in ("embed.query_token", _POSITIONS, _CLASS_TOKEN):
+        if name in state and state[name].ndim != 3:
+            raise CheckpointError(
+                f"{origin}: tensor {_reference_name(name)!r} has shape "
+                f"{list(state[name].shape)}, expected 3 dimensions"
+            )
+    if "embed.query_token" in state:
+        state["embed.query_token"] = state["embed.query_token"].flatten()
+    if _POSITIONS in state and _CLASS_TOKEN in state:
+        table, token = state[_POSITIONS], state[_CLASS_TOKEN]
+        side = math.isqrt(table.shape[1] - 1) if table.shape[1] else 0
+        if side**2 + 1 != table.shape[1] or table.shape[2] != token.shape[2] or not side:
+            raise CheckpointError(
+                f"{origin}: tensor {_reference_name(_POSITIONS)!r} has shape "
+                f"{list(table.shape)}, expected [1, 1 + n * n, {token.shape[2]}]"
+            )
         # timm's model with registers has no position for the class token: it is added to the token
-        out["encoder.backbone.cls_token"] = cls_token + table[:, :1]
-        patch = out["encoder.backbone.patch_embed.proj.weight"].shape[-1]
-        out["encoder.backbone.pos_embed"] = _resample_positions(
-            table[:, 1:], config.image_size // patch
-        )
-    return out
+        state[_CLASS_TOKEN] = token + table[:, :1]
+        state[_POSITIONS] = _resample_positions(table[:, 1:], config.image_size // _PATCH)
+    return _build(config, state, origin, _reference_name)
+
+
+def _own_name(reference: str) -> str:
+    for theirs, ours in _PREFIXES:
+        if reference.startswith(theirs):
+            return ours + reference.removeprefix(theirs)
+    return reference
+
+
+def _reference_name(own: str) -> str:
+    for theirs, ours in _PREFIXES:
+        if own.startswith(ours):
+            return theirs + own.removeprefix(ours)
+    return own
 
 
 def _resample_positions(table: Tensor, side: int) -> Tensor:
@@ -161,25 +179,34 @@ def _resample_positions(table: Tensor, side: int) -> Tensor:
     return resized.permute(0, 2, 3, 1).flatten(1, 2)
 
 
-def _build(config: FPTConfig, state: Mapping[str, Tensor], origin: str) -> FlowPokeTransformer:
-    """Instantiate and load strictly; CheckpointError names the first misfit."""
+def _build(
+    config: FPTConfig,
+    state: Mapping[str, Tensor],
+    origin: str,
+    name_of: Callable[[str], str] = str,
+) -> FlowPokeTransformer:
+    """Instantiate and load strictly; CheckpointError names the first misfit.
+
+    ``name_of`` gives the name in ``origin`` of a tensor of ours.
+    """
     try:
         model = FlowPokeTransformer(config)
     except (RuntimeError, TypeError, ValueError) as error:
         raise CheckpointError(f"{origin}: cannot build {config.encoder!r}: {error}") from error
     expected = model.state_dict()
     for key, tensor in expected.items():
+        name = f"{origin}: tensor {name_of(key)!r}"
         if key not in state:
-            raise CheckpointError(f"{origin}: tensor {key!r} {list(tensor.shape)} is missing")
+            raise CheckpointError(f"{name} {list(tensor.shape)} is missing")
         if state[key].shape != tensor.shape:
             raise CheckpointError(
-                f"{origin}: tensor {key!r} has shape {list(state[key].shape)}, "
-                f"expected {list(tensor.shape)}"
+                f"{name} has shape {list(state[key].shape)}, expected {list(tensor.shape)}"
             )
         if not torch.isfinite(state[key]).all():
-            raise CheckpointError(f"{origin}: tensor {key!r} has values that are not finite")
+            raise CheckpointError(f"{name} has values that are not finite")
     for key in state:
         if key not in expected:
-            raise CheckpointError(f"{origin}: unexpected tensor {key!r} {list(state[key].shape)}")
+            found = f"{name_of(key)!r} {list(state[key].shape)}"
+            raise CheckpointError(f"{origin}: unexpected tensor {found}")
     model.load_state_dict(dict(state))
     return model.eval()

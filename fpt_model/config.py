@@ -125,6 +125,37 @@ class FPTConfig:
             raise ValueError(f"unknown configuration keys {unknown}")
         return cls(**values)
 
+    @classmethod
+    def from_reference(cls, values: Mapping[str, Any]) -> FPTConfig:
+        """Of the public implementation's numbers, by the names that it gives them.
+
+        ``width``, ``depth``, ``d_head``, ``ff_expand``, ``n_components``, ``flow_dim``,
+        ``flow_prescale``, ``image_size`` and, of its DINOv2 (patches of 14 px, 4 registers),
+        ``dino: {embed_dim, depth, num_heads}``; other keys are not read. ValueError names a
+        missing one.
+        """
+        try:
+            dino = values["dino"]
+            return cls(
+                encoder=FPT_BASE.encoder,
+                encoder_kwargs={key: dino[key] for key in ("embed_dim", "depth", "num_heads")},
+                image_size=values["image_size"],
+                fit=FPT_BASE.fit,
+                width=values["width"],
+                depth=values["depth"],
+                head_dim=values["d_head"],
+                ffn_expand=values["ff_expand"],
+                flow_prescale=values["flow_prescale"],
+                sample_align_corners=FPT_BASE.sample_align_corners,
+                head=FPT_BASE.head,
+                flow_dim=values["flow_dim"],
+                components=values["n_components"],
+            )
+        except KeyError as error:
+            raise ValueError(
+                f"the reference's configuration lacks {error}, received {sorted(values)}"
+            ) from error
+
 
 FPT_BASE = FPTConfig(
     name="fpt-base",

@@ -13,7 +13,9 @@ Positions are in model coordinates: [0, 1]^2 over the model's square input, (x, 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -284,6 +286,20 @@ class FlowPokeTransformer(nn.Module):
         layers = [Layer(config, self.encoder.dims[-1]) for _ in range(config.depth)]
         self.layers: list[Layer] = nn.ModuleList(layers)  # type: ignore[assignment]
         self.head = Head(w, config.raw_dim)
+
+    @classmethod
+    def from_reference(
+        cls, state_dict: Mapping[str, Tensor], config: FPTConfig | Mapping[str, Any]
+    ) -> FlowPokeTransformer:
+        """Build a model from the state dict of the public implementation, in eval mode.
+
+        ``config`` is ours or theirs (:meth:`FPTConfig.from_reference`). Raises ValueError, a
+        ``CheckpointError`` for the tensors, that names the first one that does not fit.
+        """
+        from fpt_model.checkpoint import from_reference  # which imports this module
+
+        own = config if isinstance(config, FPTConfig) else FPTConfig.from_reference(config)
+        return from_reference(state_dict, own)
 
     def encode(self, image: Tensor) -> ImageFeatures:
         """``[B, 3, S, S]`` in [-1, 1] to features and all layers' cross-attention memory."""

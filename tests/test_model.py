@@ -294,7 +294,14 @@ class TestModel:
 
     @pytest.mark.parametrize(
         ("field", "value"),
-        [("width", 50), ("flow_dim", 4), ("position_bands", -1), ("depth", 0), ("min_std", 0.0), ("fit", "pad")],
+        [
+            ("width", 50),
+            ("flow_dim", 4),
+            ("position_bands", -1),
+            ("depth", 0),
+            ("min_std", 0.0),
+            ("fit", "pad"),
+        ],
     )
     def test_configuration_names_the_bad_value(self, field: str, value: object) -> None:
         with pytest.raises(ValueError, match=f"{field}.*{value}"):

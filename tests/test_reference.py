@@ -17,8 +17,13 @@ from reference_weights import inputs, state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fpt_model import FlowMixture, FlowPokeTransformer, FlowPredictor, FPTConfig
-from fpt_model.checkpoint import from_reference
+from fpt_model import (
+    CheckpointError,
+    FlowMixture,
+    FlowPokeTransformer,
+    FlowPredictor,
+    FPTConfig,
+)
 from fpt_model.config import FPT_BASE
 from fpt_model.encoder import preprocess, resize_square
 from fpt_model.geometry import ModelView
@@ -89,7 +94,7 @@ def test_own_fixture() -> None:
     """
     shapes = json.loads((OWN / "parity_shapes.json").read_text())
     z = dict(np.load(OWN / "parity_outputs.npz"))
-    model = from_reference(state_dict(SMALL_SEED, shapes), SMALL)
+    model = FlowPokeTransformer.from_reference(state_dict(SMALL_SEED, shapes), SMALL)
     t = inputs(SMALL_SEED, 112, batch=2, pokes=5, queries=12)
     static = torch.tensor([True, False])
     with torch.no_grad():
@@ -97,6 +102,36 @@ def test_own_fixture() -> None:
         raw = model.forward_raw(features, t["poke_pos"], t["poke_flow"], t["query_pos"], static)
     assert_close(features.maps[0][:, ::8], z["features"], 1e-5)
     assert_close(raw, z["raw"], 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("transformer.layers.1.self_scale", None, r"layers.1.self_scale' \[3\] is missing"),
+        ("input_mlp.mlp.2.1.weight", torch.zeros(2), "'input_mlp.mlp.2.1.weight' has shape"),
+        ("image_embedder.model.pos_embed", torch.zeros(1, 12, 64), r"\[1, 12, 64\], expected"),
+        ("image_embedder.model.pos_embed", torch.zeros(0), r"\[0\], expected 3 dimensions"),
+        ("image_embedder.model.register_tokens", torch.zeros(1), "model.register_tokens' has"),
+        ("cond_emb.weight", "weights", "'cond_emb.weight' is no tensor"),
+        ("out_mlp.1.bias", torch.full((96,), torch.inf), "'out_mlp.1.bias' has values that"),
+        ("optimizer.step", torch.zeros(()), r"unexpected tensor 'optimizer.step' \[\]"),
+    ],
+)
+def test_the_first_wrong_tensor_is_named_as_in_the_file(
+    key: str, value: object, message: str
+) -> None:
+    weights: dict = state_dict(SMALL_SEED, json.loads((OWN / "parity_shapes.json").read_text()))
+    if value is None:
+        del weights[key]
+    else:
+        weights[key] = value
+    with pytest.raises(CheckpointError, match=message):
+        FlowPokeTransformer.from_reference(weights, SMALL)
+
+
+def test_the_references_configuration_lacks_something() -> None:
+    with pytest.raises(ValueError, match="lacks 'dino', received"):
+        FPTConfig.from_reference({"width": 96})
 
 
 @needs_reference
@@ -112,7 +147,9 @@ class TestSmall:
 
     @pytest.fixture(scope="class")
     def model(self) -> FlowPokeTransformer:
-        return from_reference(load_file(REFERENCE / "small_state_dict.safetensors"), SMALL)
+        config = json.loads((REFERENCE / "small_config.json").read_text())
+        weights = load_file(REFERENCE / "small_state_dict.safetensors")
+        return FlowPokeTransformer.from_reference(weights, config)
 
     @pytest.fixture(scope="class")
     def predictor(self, model: FlowPokeTransformer) -> FlowPredictor:
@@ -296,7 +333,7 @@ class TestBase:
             if key.startswith("weights_first4::"):
                 own = weights[key.removeprefix("weights_first4::")].flatten()[:4]
                 assert np.array_equal(own.numpy(), first), key
-        return from_reference(weights, FPT_BASE)
+        return FlowPokeTransformer.from_reference(weights, FPT_BASE)
 
     @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("bf16", 3e-2)])
     def test_predictions(
