@@ -22,8 +22,7 @@ from fpt_model.layers import (
     grid_positions,
     merge_heads,
     position_features,
-    rotate,
-    scaled_cosine,
+    rotated_cosine,
     split_heads,
 )
 
@@ -103,7 +102,7 @@ class ContextBlock(nn.Module):
         """``x [B, T, W]`` with the rotary embedding of its cells."""
         qkv = self.qkv(self.attention_norm(x)).chunk(3, -1)
         q, k, v = (split_heads(t, self.heads) for t in qkv)
-        q, k = (rotate(scaled_cosine(t, self.scale), rotation) for t in (q, k))
+        q, k = (rotated_cosine(t, self.scale, rotation) for t in (q, k))
         x = x + self.out(merge_heads(attend(q, k, v)))
         value, gate = self.ffn_up(self.ffn_norm(x)).chunk(2, -1)
         return x + self.ffn_down(value * F.silu(gate))

@@ -6,7 +6,6 @@ from __future__ import annotations
 import copy
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fpt_model.encoder import ContextBlock
@@ -27,8 +26,10 @@ class FoldedRMSNorm(nn.Module):
 
     def forward(self, x: Tensor, camera_static: Tensor) -> Tensor:
         """``x [B, T, W]`` and the index ``[B]`` of the condition."""
-        normed = F.rms_norm(x.float(), x.shape[-1:], eps=AdaRMSNorm.EPS)
-        return (normed * self.scales[camera_static][:, None]).to(x.dtype)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        factor = torch.rsqrt(norm.square() / x.shape[-1] + AdaRMSNorm.EPS)
+        scale = self.scales[camera_static][:, None]
+        return torch.mul(x * factor, scale, out=torch.empty_like(x))
 
 
 @torch.no_grad()

@@ -59,18 +59,25 @@ def position_features(pos: Tensor, bands: int) -> Tensor:
     return torch.cat([s, angles.sin(), angles.cos()], -1)
 
 
-def rotate(x: Tensor, rotation: Rotation) -> Tensor:
-    """Rotate the pairs ``(p, p + E / 2)`` of ``x [B, H, T, E]``."""
-    a, b = x.float().chunk(2, dim=-1)
+def rotated_cosine(x: Tensor, scale: Tensor, rotation: Rotation) -> Tensor:
+    """Queries or keys ``x [B, H, T, E]`` with length ``sqrt(|scale|)``, and rotated.
+
+    So ``q . k`` is a cosine times ``|scale [H]|``; the rotation turns the pairs ``(p, p + E / 2)``.
+    Computed in float32 and in few passes over memory, which is what limits it.
+    """
     cos, sin = rotation
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
-
-
-def scaled_cosine(x: Tensor, scale: Tensor) -> Tensor:
-    """``x [B, H, T, E]`` with length ``sqrt(|scale|)``, so that ``q . k`` is a scaled cosine."""
-    x32 = x.float()
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
     length = scale.float().abs().add(1e-6).sqrt()[:, None, None]
-    return (x32 * (length * torch.rsqrt(x32.square().sum(-1, keepdim=True) + 1e-6))).to(x.dtype)
+    factor = length * torch.rsqrt(norm.square() + 1e-6)
+    a, b = x.chunk(2, dim=-1)
+    first = torch.addcmul(a * cos, b, sin, value=-1)
+    second = torch.addcmul(b * cos, a, sin)
+    if torch.is_grad_enabled():
+        return (torch.cat([first, second], -1) * factor).to(x.dtype)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    for part, into in zip((first, second), out.chunk(2, dim=-1), strict=True):
+        torch.mul(part, factor, out=into)
+    return out
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:

@@ -31,9 +31,8 @@ from fpt_model.layers import (
     grid_positions,
     merge_heads,
     position_features,
-    rotate,
+    rotated_cosine,
     sample_maps,
-    scaled_cosine,
     split_heads,
 )
 
@@ -152,7 +151,7 @@ class Layer(nn.Module):
         """Cross-attention keys and values of image tokens ``[B, N, C]``."""
         k, v = (split_heads(t, self.heads) for t in self.cross_kv(tokens).chunk(2, -1))
         # contiguous: a view would keep the raw keys alive
-        return rotate(scaled_cosine(k, self.cross_scale), rotation), v.contiguous()
+        return rotated_cosine(k, self.cross_scale, rotation), v.contiguous()
 
     def forward(
         self,
@@ -172,7 +171,7 @@ class Layer(nn.Module):
         """
         qkv = self.self_qkv(self.self_norm(x, cond)).chunk(3, -1)
         q, k, v = (split_heads(t, self.heads) for t in qkv)
-        q, k = (rotate(scaled_cosine(t, self.self_scale), rotation) for t in (q, k))
+        q, k = (rotated_cosine(t, self.self_scale, rotation) for t in (q, k))
         kept = append(past[0], known, k[:, :, :pokes]), append(past[1], known, v[:, :, :pokes])
         seen = kept[0][:, :, : known + pokes], kept[1][:, :, : known + pokes]
         attended = []
@@ -184,7 +183,7 @@ class Layer(nn.Module):
         x = x + self.self_out(merge_heads(torch.cat(attended, 2)))
 
         cq = split_heads(self.cross_q(self.cross_norm(x, cond)), self.heads)
-        cq = rotate(scaled_cosine(cq, self.cross_scale), rotation)
+        cq = rotated_cosine(cq, self.cross_scale, rotation)
         # no output projection here: the public implementation has one but never applies it
         x = x + merge_heads(self._cross_attend(cq, memory))
 
