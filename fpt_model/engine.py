@@ -1,15 +1,127 @@
 # SPDX-License-Identifier: MIT
-"""A model made ready for inference: constants folded, weights in the wanted type."""
+"""What runs a model for :class:`~fpt_model.predictor.FlowPredictor`: the interface, and PyTorch.
+
+Engines speak numpy and model coordinates. What they keep of an image or of pokes is theirs alone:
+callers hold it and hand it back.
+"""
 
 from __future__ import annotations
 
 import copy
+from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fpt_model.encoder import ContextBlock
-from fpt_model.model import AdaRMSNorm, FlowPokeTransformer, Layer
+from fpt_model.model import (
+    AdaRMSNorm,
+    FlowPokeTransformer,
+    ImageFeatures,
+    Layer,
+    PokeContext,
+)
+
+Array = NDArray[np.float32]
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_QUERY_CHUNK = 4096  # queries in one pass; bounds memory, does not change results
+
+
+class BackendError(RuntimeError):
+    """A backend that cannot be had as asked; the message says why, and what to do."""
+
+
+class Context(Protocol):
+    """What an engine keeps of the pokes so far; appending makes a new one."""
+
+    @property
+    def pokes(self) -> int:
+        """How many."""
+
+    def with_room(self, batch: int, room: int) -> Any:
+        """A copy of a context of one row for ``batch`` rows and ``room`` further pokes."""
+
+
+class Engine(Protocol):
+    """Runs a model's two halves. Several threads may use one engine."""
+
+    @property
+    def device(self) -> str:
+        """Where it runs, as torch names it: "cpu", "cuda:0"."""
+
+    @property
+    def providers(self) -> tuple[str, ...]:
+        """What in the backend runs it, the first preferred; () where there is no choice."""
+
+    def encode(self, image: Array) -> Any:
+        """``[1, 3, S, S]`` in [-1, 1] to the image's features."""
+
+    def run(
+        self,
+        features: Any,
+        past: Any | None,
+        poke_pos: Array,
+        poke_flow: Array,
+        query_pos: Array,
+        camera_static: bool,
+    ) -> tuple[Array, Context]:
+        """Queries, each given all pokes: raw outputs ``[B, Q, raw_dim]`` and the pokes' context.
+
+        Args:
+            features: of one image.
+            past: the pokes before, or None.
+            poke_pos, poke_flow: ``[B, P, 2]``, ``[B, P, D]``, the new pokes; P may be 0.
+            query_pos: ``[B, Q, 2]``; Q may be 0.
+        """
+
+
+class TorchEngine:
+    """PyTorch. Pokes are run once: a context holds their keys and values."""
+
+    providers: tuple[str, ...] = ()
+
+    def __init__(self, model: FlowPokeTransformer, device: str, precision: str) -> None:
+        self._device = torch.device(device)
+        self.device = str(self._device)
+        self.model = prepare(model, self._device, PRECISIONS[precision])
+
+    @torch.inference_mode()
+    def encode(self, image: Array) -> ImageFeatures:
+        """:meth:`Engine.encode`."""
+        return self.model.encode(self._tensor(image))
+
+    @torch.inference_mode()
+    def run(
+        self,
+        features: ImageFeatures,
+        past: PokeContext | None,
+        poke_pos: Array,
+        poke_flow: Array,
+        query_pos: Array,
+        camera_static: bool,
+    ) -> tuple[Array, PokeContext]:
+        """:meth:`Engine.run`.
+
+        The new pokes and the first chunk of queries share a pass: few queries read the weights only
+        once.
+        """
+        batch = len(query_pos)
+        pos, flow, points = (self._tensor(x) for x in (poke_pos, poke_flow, query_pos))
+        static = torch.full((batch,), int(camera_static), device=self._device)
+        chunks = []
+        for chunk in points.split(max(1, _QUERY_CHUNK // batch), dim=1):
+            x, past = self.model.run(features, past, pos, flow, chunk, static)
+            chunks.append(self.model.head(x[:, pos.shape[1] :]).float())
+            pos, flow = pos[:, :0], flow[:, :0]
+        assert past is not None  # there is at least one chunk, be it empty
+        return torch.cat(chunks, dim=1).cpu().numpy(), past
+
+    def _tensor(self, x: Array) -> Tensor:
+        return torch.from_numpy(x).to(self._device)
+
 
 # what these own themselves stays in float32: batch statistics, attention scales
 _EXACT = (nn.BatchNorm2d, Layer, ContextBlock)

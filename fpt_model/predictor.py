@@ -7,26 +7,23 @@ unit (fractions of the image's width and height). See :mod:`fpt_model.geometry`.
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from torch import Tensor
 
+from fpt_model.backends import Backend, Precision, open_engine
 from fpt_model.encoder import preprocess
-from fpt_model.engine import prepare
+from fpt_model.engine import Context
 from fpt_model.geometry import ModelView, grid
 from fpt_model.mixture import FlowMixture, Reduce
-from fpt_model.model import FlowPokeTransformer, ImageFeatures, PokeContext, mixture_parameters
+from fpt_model.model import FlowPokeTransformer, mixture_parameters
 
-Precision = Literal["fp32", "bf16"]
 Order = Literal["random", "given"]
-
-_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-_QUERY_CHUNK = 4096  # queries in one pass; bounds memory, does not change results
 
 
 @dataclass(frozen=True)
@@ -35,7 +32,7 @@ class KnownPokes:
 
     pos: NDArray[np.float64]  # [P, 2]
     flow: NDArray[np.float64]  # [P, D]
-    context: PokeContext
+    context: Context
 
     def begin(self, pos: NDArray[np.float64], flow: NDArray[np.float64]) -> bool:
         """Whether the pokes ``pos [N, 2]``, ``flow [N, D]`` begin with these."""
@@ -48,7 +45,7 @@ class Scene:
     """An encoded image; made by :meth:`FlowPredictor.encode`. Owns everything cached about it."""
 
     view: ModelView
-    features: ImageFeatures
+    features: Any  # the engine's
     # by camera_static: the pokes asked about last, to which further ones are only appended
     known: dict[bool, KnownPokes] = field(default_factory=dict)
     # the unconditional answers on dense grids, by (grid size, camera_static)
@@ -70,35 +67,44 @@ class FlowPredictor:
 
     Args:
         model: not changed; where types and devices agree its weights are shared.
-        backend: "torch".
-        device: a torch device, e.g. "cpu" or "cuda".
-        precision: "fp32", or "bf16" (several times faster on CPUs with AMX, half the memory).
+        backend: "torch", or "onnxruntime", which runs exported graphs.
+        device: a torch device, e.g. "cpu" or "cuda"; of "onnxruntime" the GPU's number is taken.
+        precision: "fp32"; "bf16" with torch (several times faster on CPUs with AMX, half the
+            memory); "fp16" and "int8" with ONNX Runtime, when they were exported.
+        graphs: of "onnxruntime": the folder that ``fpt export`` wrote, of this model.
+        providers: of "onnxruntime": what may run it, of "tensorrt", "cuda" and "cpu", the first
+            preferred.
+        strict: raise a :class:`~fpt_model.engine.BackendError` where otherwise something else
+            than asked runs the model: PyTorch when ONNX Runtime or its graphs cannot be had,
+            another provider when the first cannot. The logger "fpt_model" warns of it.
 
-    Several threads may use one predictor; what is cached belongs to the scenes.
+    Attributes:
+        backend, precision, device, providers: what really runs the model.
+
+    Raises ValueError for unknown names. Several threads may use one predictor; what is cached
+    belongs to the scenes.
     """
 
     def __init__(
         self,
         model: FlowPokeTransformer,
-        backend: Literal["torch"] = "torch",
+        backend: Backend = "torch",
         device: str = "cpu",
         precision: Precision = "fp32",
+        graphs: str | Path | None = None,
+        providers: Sequence[str] = ("cpu",),
+        strict: bool = False,
     ) -> None:
-        if backend != "torch":
-            raise ValueError(f'backend must be "torch", received {backend!r}')
-        if precision not in _TYPES:
-            raise ValueError(f'precision must be "fp32" or "bf16", received {precision!r}')
-        self.device = torch.device(device)
-        self.precision: Precision = precision
-        self.model = prepare(model, self.device, _TYPES[precision])
+        active = open_engine(model, backend, device, precision, graphs, providers, strict)
+        self.engine, self.backend, self.precision = active.engine, active.backend, active.precision
+        self.device, self.providers = self.engine.device, self.engine.providers
         self.config = model.config
 
-    @torch.inference_mode()
     def encode(self, image: NDArray[np.uint8]) -> Scene:
         """Encode a uint8 RGB image ``[H, W, 3]``; ValueError for anything else."""
-        x = preprocess(image, self.config).to(self.device)
+        x = preprocess(image, self.config).numpy()
         view = ModelView(image.shape[0], image.shape[1], self.config.fit)
-        return Scene(view, self.model.encode(x))
+        return Scene(view, self.engine.encode(x))
 
     def predict(
         self,
@@ -121,7 +127,6 @@ class FlowPredictor:
         pos, flow = self._check_pokes(poke_pos, poke_flow, batched=False)
         return self.predict_batch(scene, pos[None], flow[None], query_pos, camera_static)[0]
 
-    @torch.inference_mode()
     def predict_batch(
         self,
         scene: Scene,
@@ -131,6 +136,24 @@ class FlowPredictor:
         camera_static: bool = True,
     ) -> FlowMixture:
         """B poke hypotheses ``[B, P, 2]``, ``[B, P, D]`` on one scene: batch shape ``[B, Q]``."""
+        raw = self.raw(scene, poke_pos, poke_flow, query_pos, camera_static)
+        view = scene.view
+        return self._mixture(raw).scaled(
+            *view.displacement_to_normalised(np.ones(self.config.flow_dim))
+        )
+
+    def raw(
+        self,
+        scene: Scene,
+        poke_pos: ArrayLike,
+        poke_flow: ArrayLike,
+        query_pos: ArrayLike,
+        camera_static: bool = True,
+    ) -> NDArray[np.float32]:
+        """The raw outputs ``[B, Q, raw_dim]`` behind :meth:`predict_batch`, in model units.
+
+        See :func:`~fpt_model.model.mixture_parameters` for what they mean.
+        """
         pos, flow = self._check_pokes(poke_pos, poke_flow, batched=True)
         queries = _check_points("query_pos", query_pos, 2, batched=False)
         view = scene.view
@@ -143,13 +166,12 @@ class FlowPredictor:
             view.to_model(queries),
             camera_static,
         )
-        return self._mixture(raw).scaled(
-            *view.displacement_to_normalised(np.ones(self.config.flow_dim))
-        )
+        return raw
 
-    def _mixture(self, raw: Tensor) -> FlowMixture:
+    def _mixture(self, raw: NDArray[np.float32]) -> FlowMixture:
         """In model units."""
-        return FlowMixture(*(t.cpu().numpy() for t in mixture_parameters(raw, self.config)))
+        parameters = mixture_parameters(torch.from_numpy(raw), self.config)
+        return FlowMixture(*(t.numpy() for t in parameters))
 
     def _run(
         self,
@@ -158,30 +180,27 @@ class FlowPredictor:
         flow: NDArray[np.float64],
         queries: NDArray[np.float64],
         camera_static: bool,
-    ) -> tuple[Tensor, PokeContext]:
-        """Raw outputs ``[B, Q, raw_dim]`` in float32, and the pokes' context.
+    ) -> tuple[NDArray[np.float32], Context]:
+        """Raw outputs ``[B, Q, raw_dim]``, and the pokes' context.
 
-        All arguments are in model coordinates, ``[B, P, 2]``, ``[B, P, D]``, ``[Q, 2]``. The new
-        pokes and the first chunk of queries share a pass: few queries read the weights only once.
+        All arguments are in model coordinates, ``[B, P, 2]``, ``[B, P, D]``, ``[Q, 2]``.
         """
         batch = len(pos)
-        static = torch.full((batch,), int(camera_static), device=self.device)
         known = scene.known.get(camera_static) if batch == 1 else None
         if known is not None and not known.begin(pos[0], flow[0]):
             known = None
-        context = known.context if known is not None else None
         old = known.context.pokes if known is not None else 0
-        new_pos, new_flow = self._tensor(pos[:, old:]), self._tensor(flow[:, old:])
-        points = self._tensor(queries).expand(batch, -1, -1)
-        chunks = []
-        for chunk in points.split(max(1, _QUERY_CHUNK // batch), dim=1):
-            x, context = self.model.run(scene.features, context, new_pos, new_flow, chunk, static)
-            chunks.append(self.model.head(x[:, new_pos.shape[1] :]).float())
-            new_pos, new_flow = new_pos[:, :0], new_flow[:, :0]
-        assert context is not None  # there is at least one chunk, be it empty
+        raw, context = self.engine.run(
+            scene.features,
+            known.context if known is not None else None,
+            _float32(pos[:, old:]),
+            _float32(flow[:, old:]),
+            _float32(np.broadcast_to(queries, (batch, *queries.shape))),
+            camera_static,
+        )
         if batch == 1 and context.pokes > old:
             scene.known[camera_static] = KnownPokes(pos[0], flow[0], context)
-        return torch.cat(chunks, dim=1), context
+        return raw, context
 
     def dense(
         self,
@@ -258,36 +277,33 @@ class FlowPredictor:
         """The steps of :meth:`sample`, for callers who draw, watch or stop in between.
 
         Yields for query 0, 1, ... of ``query_pos [S, Q, 2]`` its mixture, batch shape ``[S]``, and
-        is sent the motions ``[S, D]`` that the following ones are to be given.
+        is sent the motions ``[S, D]`` that the following ones are to be given. PyTorch runs a query
+        and what was drawn last in each step; ONNX Runtime, which keeps nothing of pokes, all pokes
+        and all that was drawn.
         """
         pos, flow = self._check_pokes(poke_pos, poke_flow, batched=False)
         queries = _check_points("query_pos", query_pos, 2, batched=True)
         view, (rows, n) = scene.view, queries.shape[:2]
         scale = view.displacement_to_normalised(np.ones(self.config.flow_dim))
-        none = np.empty((0, 2))
-        with torch.inference_mode():
-            _, context = self._run(
-                scene,
-                view.to_model(pos[None]),
-                view.displacement_to_model(flow[None]),
-                none,
-                camera_static,
-            )
-            context = context.with_room(rows, n)
-            static = torch.full((rows,), int(camera_static), device=self.device)
-            points = self._tensor(view.to_model(queries))
-            last_pos = points[:, :0]
-            last_flow = points.new_empty(rows, 0, self.config.flow_dim)
+        _, context = self._run(
+            scene,
+            view.to_model(pos[None]),
+            view.displacement_to_model(flow[None]),
+            np.empty((0, 2)),
+            camera_static,
+        )
+        context = context.with_room(rows, n)
+        points = _float32(view.to_model(queries))
+        last_pos = points[:, :0]
+        last_flow = np.empty((rows, 0, self.config.flow_dim), np.float32)
         for i in range(n):
-            with torch.inference_mode():
-                point = points[:, i : i + 1]
-                x, context = self.model.run(
-                    scene.features, context, last_pos, last_flow, point, static
-                )
-                mixture = self._mixture(self.model.head(x[:, -1]).float())
-            drawn = yield mixture.scaled(*scale)
+            point = points[:, i : i + 1]
+            raw, context = self.engine.run(
+                scene.features, context, last_pos, last_flow, point, camera_static
+            )
+            drawn = yield self._mixture(raw[:, 0]).scaled(*scale)
             last_pos = point
-            last_flow = self._tensor(view.displacement_to_model(drawn)[:, None])
+            last_flow = _float32(view.displacement_to_model(drawn)[:, None])
 
     def sample_dense(
         self,
@@ -378,8 +394,9 @@ class FlowPredictor:
             )
         return p, f
 
-    def _tensor(self, x: NDArray[np.float64]) -> Tensor:
-        return torch.from_numpy(x).to(self.device, torch.float32)
+
+def _float32(x: NDArray[np.float64]) -> NDArray[np.float32]:
+    return np.ascontiguousarray(x, np.float32)
 
 
 def _check_points(name: str, value: ArrayLike, dims: int, batched: bool) -> NDArray[np.float64]:

@@ -9,7 +9,9 @@ from collections.abc import Sequence
 import typer
 
 from fpt_ros.commands.arguments import UserError
+from fpt_ros.commands.check import check
 from fpt_ros.commands.convert import convert
+from fpt_ros.commands.export import export
 from fpt_ros.commands.predict import predict
 
 app = typer.Typer(
@@ -20,7 +22,9 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+app.command()(check)
 app.command()(convert)
+app.command()(export)
 app.command()(predict)
 
 

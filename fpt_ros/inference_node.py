@@ -11,10 +11,12 @@ only, as long as the node holds it.
 
 from __future__ import annotations
 
+import logging
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import copy  # of QoS profiles, which creating a topic changes
 from dataclasses import dataclass
 from threading import Thread
@@ -156,7 +158,7 @@ class FptNode(LifecycleNode):
         config = self._predictor.config
         self.get_logger().info(
             f"model {config.name} ({config.licence}, {config.horizon_s:g} s ahead) on "
-            f"{self._value('backend')}, {self._predictor.device}, {self._predictor.precision}; "
+            f"{', '.join(self._active_backend().values())}; "
             f"ready in {time.perf_counter() - started:.1f} s"
         )
         self.get_logger().info(
@@ -236,12 +238,16 @@ class FptNode(LifecycleNode):
     def _load_predictor(self) -> FlowPredictor:
         if self._value("threads"):
             torch.set_num_threads(self._value("threads"))
-        predictor = FlowPredictor(
-            load_model(self._value("model")),
-            backend=self._value("backend"),
-            device=self._value("device"),
-            precision=self._value("precision"),
-        )
+        with self._backend_warnings():
+            predictor = FlowPredictor(
+                load_model(self._value("model")),
+                backend=self._value("backend"),
+                device=self._value("device"),
+                precision=self._value("precision"),
+                graphs=self._value("graphs") or None,
+                providers=self._value("providers").split(","),
+                strict=self._value("strict_backend"),
+            )
         if predictor.config.flow_dim != 2:
             raise ValueError(
                 f"expected a model of planar flow, this has {predictor.config.flow_dim}"
@@ -250,6 +256,33 @@ class FptNode(LifecycleNode):
         image = np.zeros((predictor.config.image_size, predictor.config.image_size, 3), np.uint8)
         predictor.dense(predictor.encode(image), np.zeros((0, 2)), np.zeros((0, 2)), size=(8, 8))
         return predictor
+
+    @contextmanager
+    def _backend_warnings(self) -> Iterator[None]:
+        """Log and count what the model library warns of: that it falls back, that it builds."""
+
+        def warn(record: logging.LogRecord) -> bool:
+            self._monitor.error("backend", record.getMessage())
+            self.get_logger().warning(record.getMessage())
+            return False  # said once is enough
+
+        library = logging.getLogger("fpt_model")
+        library.addFilter(warn)
+        try:
+            yield
+        finally:
+            library.removeFilter(warn)
+
+    def _active_backend(self) -> dict[str, str]:
+        """What really runs the model, by what it is of."""
+        if (predictor := self._predictor) is None:
+            return dict.fromkeys(("backend", "providers", "device", "precision"), "none")
+        return {
+            "backend": predictor.backend,
+            "providers": ",".join(predictor.providers) or "none",
+            "device": predictor.device,
+            "precision": predictor.precision,
+        }
 
     # ----------------------------------------------------------------------------- parameters
 
@@ -532,14 +565,9 @@ class FptNode(LifecycleNode):
             self.get_logger().error(f"{kind}: {text}")
 
     def _publish_diagnostics(self) -> None:
-        predictor = self._predictor
-        facts = {
-            "model": str(self._value("model")),
-            "backend requested": str(self._value("backend")),
-            "device requested": str(self._value("device")),
-            "device active": str(predictor.device) if predictor else "none",
-            "precision": str(self._value("precision")),
-        }
+        facts = {"model": str(self._value("model"))}
+        for what, active in self._active_backend().items():
+            facts |= {f"{what} requested": str(self._value(what)), f"{what} active": active}
         name = self.get_fully_qualified_name()
         state = self._state_machine.current_state[1]
         status = self._monitor.status(f"{name.lstrip('/')}: inference", name, state, facts)

@@ -30,11 +30,37 @@ class Spec:
 FPT_PARAMETERS: tuple[Spec, ...] = (
     Spec("autostart", True, "Configure and activate at start-up.", read_only=True),
     Spec("model", "fpt-tiny", "Name of a shipped model, or path of a checkpoint.", fixed=True),
-    Spec("backend", "torch", "What runs the model: torch.", fixed=True),
+    Spec(
+        "backend",
+        "torch",
+        "What runs the model: torch, or onnxruntime, which needs graphs.",
+        choices=("torch", "onnxruntime"),
+        fixed=True,
+    ),
+    Spec("graphs", "", "Folder that fpt export wrote from the model, for onnxruntime.", fixed=True),
+    Spec(
+        "providers",
+        "cpu",
+        "What onnxruntime may use of tensorrt, cuda and cpu, the first preferred: "
+        "tensorrt,cuda,cpu.",
+        fixed=True,
+    ),
+    Spec(
+        "strict_backend",
+        False,
+        "Fail to configure when something else than asked would run the model, rather than warn.",
+        fixed=True,
+    ),
     Spec(
         "device", "cpu", "Where the model runs, as torch names it: cpu, cuda, cuda:1.", fixed=True
     ),
-    Spec("precision", "fp32", "Number format of the model: fp32 or bf16.", fixed=True),
+    Spec(
+        "precision",
+        "fp32",
+        "Number format of the model: fp32; bf16 with torch; fp16 or int8 with onnxruntime.",
+        choices=("fp32", "bf16", "fp16", "int8"),
+        fixed=True,
+    ),
     Spec("threads", 0, "CPU threads of the model; 0: the backend's default.", 0, 256, fixed=True),
     Spec(
         "scene_history",

@@ -343,7 +343,7 @@ class TestPredictor:
         )
         assert_mixtures_close(batch[0], whole)
         assert np.abs(batch[1].means - whole.means).max() > 1e-4, "hypotheses are different"
-        monkeypatch.setattr("fpt_model.predictor._QUERY_CHUNK", 7)
+        monkeypatch.setattr("fpt_model.engine._QUERY_CHUNK", 7)
         assert_mixtures_close(predictor.predict(scene, self.POS, self.FLOW, queries), whole)
 
     def test_known_pokes_are_not_run_again(

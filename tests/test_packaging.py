@@ -91,7 +91,9 @@ def imported_modules(file: Path) -> set[str]:
 ROSDEP_KEYS = {"cv2": "python3-opencv"} | {
     module: f"python3-{module}" for module in ("numpy", "pytest", "rich", "tqdm", "typer", "yaml")
 }
-PIP_ONLY = {"mujoco", "safetensors", "timm", "torch", "webdataset"}  # see the extras of setup.py
+PIP_ONLY = {  # see the extras of setup.py
+    *("mujoco", "onnx", "onnxruntime", "onnxscript", "safetensors", "timm", "torch", "webdataset")
+}
 NEVER_IMPORTED = {"ros2launch", "python3-pytest-timeout"}  # a command, and a plugin of pytest
 
 

@@ -158,7 +158,7 @@ class TestSmall:
     def scene(self, predictor: FlowPredictor, image: Tensor) -> Scene:
         """Of the model's own input, since the reference's image is not one of 8 bits."""
         with torch.inference_mode():
-            return Scene(ModelView(112, 112, "crop"), predictor.model.encode(image))
+            return Scene(ModelView(112, 112, "crop"), predictor.engine.model.encode(image))
 
     def test_seeded_weights_and_inputs(self, t: dict[str, Tensor]) -> None:
         stored = load_file(REFERENCE / "small_state_dict.safetensors")
@@ -343,11 +343,11 @@ class TestBase:
         t = inputs(1234, 448, batch=1, pokes=5, queries=16)
         assert np.array_equal(t["image"].flatten()[:8].numpy(), z["image_first8"])
         with torch.inference_mode():
-            scene = Scene(ModelView(448, 448, "crop"), predictor.model.encode(t["image"]))
+            scene = Scene(ModelView(448, 448, "crop"), predictor.engine.model.encode(t["image"]))
             args = (t["poke_pos"], t["poke_flow"], t["query_pos"])
             for flag in (1, 0):
-                x, _ = predictor.model.run(scene.features, None, *args, torch.tensor([flag]))
-                mixture = mixture_of(predictor.model.head(x).float(), model.config)
+                x, _ = predictor.engine.model.run(scene.features, None, *args, torch.tensor([flag]))
+                mixture = mixture_of(predictor.engine.model.head(x).float(), model.config)
                 assert_mixture(mixture, z, f"static{flag}.", tolerance)
         pos, flow, queries = (x[0].numpy() for x in args)
         free = predictor.predict(scene, pos[:0], flow[:0], queries)

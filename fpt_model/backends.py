@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: MIT
+"""Choosing what runs a model, and saying so when it is not what was asked for."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from fpt_model.engine import PRECISIONS, BackendError, Engine, TorchEngine
+from fpt_model.model import FlowPokeTransformer
+
+Backend = Literal["torch", "onnxruntime"]
+Precision = Literal["fp32", "bf16", "fp16", "int8"]
+PROVIDERS = {  # of ONNX Runtime, by the names that users give
+    "tensorrt": "TensorrtExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "cpu": "CPUExecutionProvider",
+}
+
+_log = logging.getLogger("fpt_model")
+
+
+@dataclass(frozen=True)
+class Active:
+    """What runs a model, after all."""
+
+    engine: Engine
+    backend: Backend
+    precision: Precision
+
+
+def open_engine(
+    model: FlowPokeTransformer,
+    backend: Backend,
+    device: str,
+    precision: Precision,
+    graphs: str | Path | None,
+    providers: Sequence[str],
+    strict: bool,
+) -> Active:
+    """See :class:`~fpt_model.predictor.FlowPredictor`, which has these arguments."""
+    for name, value, choices in (
+        ("backend", backend, get_args(Backend)),
+        ("precision", precision, get_args(Precision) if backend != "torch" else tuple(PRECISIONS)),
+        *(("providers", provider, tuple(PROVIDERS)) for provider in providers),
+    ):
+        if value not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(choices)}, received {value!r}")
+    if not providers or len(set(providers)) != len(providers):
+        raise ValueError(f"providers must name each provider once, received {list(providers)}")
+    if backend == "onnxruntime":
+        try:
+            return Active(
+                _open_onnx(model, device, precision, graphs, providers, strict), backend, precision
+            )
+        except BackendError as error:
+            if strict:
+                raise
+            # what PyTorch has not (fp16, int8) becomes the exact one
+            precision = precision if precision in PRECISIONS else "fp32"
+            _log.warning("PyTorch runs the model in %s, not ONNX Runtime: %s", precision, error)
+    return Active(TorchEngine(model, device, precision), "torch", precision)
+
+
+def _open_onnx(
+    model: FlowPokeTransformer,
+    device: str,
+    precision: Precision,
+    graphs: str | Path | None,
+    providers: Sequence[str],
+    strict: bool,
+) -> Engine:
+    if not graphs:
+        raise BackendError(
+            "no folder of exported graphs was given; fpt export --model MODEL --out FOLDER "
+            "writes one"
+        )
+    try:
+        from fpt_model.onnx_engine import OnnxEngine
+    except ImportError as error:
+        raise BackendError(
+            "ONNX Runtime is not installed (pip install onnxruntime, or onnxruntime-gpu instead "
+            f"of it): {error}"
+        ) from error
+    return OnnxEngine(model, graphs, precision, tuple(providers), device, strict)
