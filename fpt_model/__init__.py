@@ -13,11 +13,13 @@ from fpt_model.mixture import FlowMixture
 
 if TYPE_CHECKING:
     from fpt_model.checkpoint import CheckpointError, load_model, save_model
+    from fpt_model.engine import BackendError
     from fpt_model.model import FlowPokeTransformer
     from fpt_model.predictor import FlowPredictor, Scene
 
 __all__ = [
     "FPT_BASE",
+    "BackendError",
     "CheckpointError",
     "FPTConfig",
     "FlowMixture",
@@ -29,6 +31,7 @@ __all__ = [
 ]
 
 _MODULES_WITH_TORCH = {
+    "BackendError": "engine",
     "CheckpointError": "checkpoint",
     "FlowPokeTransformer": "model",
     "FlowPredictor": "predictor",

@@ -199,7 +199,9 @@ def _write(model: FlowPokeTransformer, dtype: torch.dtype, files: dict[Half, Pat
         )
     assert encoder is not None
     assert decoder is not None
-    decoder.model.graph.outputs[0].shape[1] = "queries"  # the exporter: pokes + queries - pokes
+    shape = decoder.model.graph.outputs[0].shape
+    assert shape is not None
+    shape[1] = "queries"  # the exporter says queries + pokes - pokes
     encoder.save(files["encoder"])
     decoder.save(files["decoder"])
 

@@ -74,7 +74,7 @@ class FlowPredictor:
         graphs: of "onnxruntime": the folder that ``fpt export`` wrote, of this model.
         providers: of "onnxruntime": what may run it, of "tensorrt", "cuda" and "cpu", the first
             preferred.
-        strict: raise a :class:`~fpt_model.engine.BackendError` where otherwise something else
+        strict: raise a :class:`BackendError` where otherwise something else
             than asked runs the model: PyTorch when ONNX Runtime or its graphs cannot be had,
             another provider when the first cannot. The logger "fpt_model" warns of it.
 

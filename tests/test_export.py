@@ -30,6 +30,7 @@ from reference_weights import weight
 
 from fpt_model import (
     FPT_BASE,
+    BackendError,
     FlowPokeTransformer,
     FlowPredictor,
     FPTConfig,
@@ -37,7 +38,6 @@ from fpt_model import (
     save_model,
 )
 from fpt_model.agreement import MAX_RAW_FP32, Agreement, agreement
-from fpt_model.engine import BackendError
 from fpt_model.export import OPSET, export
 from fpt_model.graphs import Manifest, bucket, chunks
 from fpt_model.onnx_engine import OnnxEngine

@@ -43,7 +43,7 @@ def check(
 
     Exits with 1 when they differ more than they may.
     """
-    from fpt_model import CheckpointError, FlowPredictor, load_model
+    from fpt_model import BackendError, CheckpointError, FlowPredictor, load_model
     from fpt_model.agreement import (
         DENSE,
         MAX_FLOW_PX,
@@ -52,7 +52,6 @@ def check(
         SIDE_PX,
         agreement,
     )
-    from fpt_model.engine import BackendError
 
     try:
         weights = load_model(model)

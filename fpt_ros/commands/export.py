@@ -35,8 +35,7 @@ def export(
 
     The graphs hold the weights and keep their licence.
     """
-    from fpt_model import CheckpointError, load_model
-    from fpt_model.engine import BackendError
+    from fpt_model import BackendError, CheckpointError, load_model
     from fpt_model.graphs import HALVES
     from fpt_model.tensorrt import build_engine as build
 
