@@ -141,6 +141,8 @@ class FoldedRMSNorm(nn.Module):
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
         factor = torch.rsqrt(norm.square() / x.shape[-1] + AdaRMSNorm.EPS)
         scale = self.scales[camera_static][:, None]
+        if torch.is_grad_enabled():
+            return (x * factor * scale).to(x.dtype)
         return torch.mul(x * factor, scale, out=torch.empty_like(x))
 
 

@@ -164,7 +164,8 @@ def _write(model: FlowPokeTransformer, dtype: torch.dtype, files: dict[Half, Pat
     pos, flow = torch.rand(b, p, 2), torch.zeros(b, p, config.flow_dim)
     queries = torch.rand(b, q, 2)
     static, visible = torch.zeros(b, dtype=torch.long), torch.full((q,), p)
-    with torch.no_grad(), _quiet():
+    # with gradients enabled the model writes into no buffers, which graphs have not
+    with torch.enable_grad(), _quiet():
         features = Encoder(prepared)(image)
         encoder = torch.onnx.export(
             Encoder(prepared),

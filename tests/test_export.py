@@ -18,7 +18,7 @@ import pytest
 
 pytest.importorskip("fpt_msgs")
 
-from closeness import assert_close
+from closeness import assert_close, assert_mixtures_close
 from diagnostic_msgs.msg import DiagnosticArray
 from lifecycle_msgs.msg import Transition
 from lifecycle_msgs.srv import ChangeState
@@ -172,13 +172,20 @@ def test_raw_outputs_equal_pytorchs(
         assert_close(own, other, MAX_RAW_FP32)
 
 
-def test_joint_samples_equal_pytorchs(small: Exported, image: NDArray[np.uint8]) -> None:
-    pos, flow, queries = questions(3, 1, 2, 5)
-    own, other = (
-        p.sample(p.encode(image), pos[0], flow[0], queries, num_samples=3, seed=1)
+def test_joint_sampling_equals_pytorchs(small: Exported, image: NDArray[np.uint8]) -> None:
+    """Step by step, both given the same motions: a draw's rounding grows in the next ones."""
+    pos, flow, queries = questions(3, 1, 2, 4)
+    both = [
+        p.sampling_steps(p.encode(image), pos[0], flow[0], np.stack([queries, queries[::-1]]))
         for p in (small.predictor(), FlowPredictor(small.model))
-    )
-    assert_close(own, other, 1e-4)
+    ]
+    own, other = (next(steps) for steps in both)
+    for drawn in np.random.default_rng(1).normal(0, 0.1, (3, 2, 3)):
+        assert_mixtures_close(own, other)
+        own, other = (steps.send(drawn) for steps in both)
+    assert_mixtures_close(own, other)
+    samples = small.predictor().sample(small.predictor().encode(image), pos[0], flow[0], queries, 3)
+    assert samples.shape == (3, 4, 3)
 
 
 def test_padding_changes_nothing(tiny: Exported, tmp_path: Path, image: NDArray[np.uint8]) -> None:
