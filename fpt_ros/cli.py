@@ -10,7 +10,9 @@ import typer
 
 from fpt_ros.commands.arguments import UserError
 from fpt_ros.commands.convert import convert
+from fpt_ros.commands.evaluate import evaluate
 from fpt_ros.commands.predict import predict
+from fpt_ros.commands.train import train
 
 app = typer.Typer(
     name="fpt",
@@ -21,7 +23,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(convert)
+app.command("eval")(evaluate)
 app.command()(predict)
+app.command()(train)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -77,6 +77,8 @@ def load_world(thing: ForeignObject, assets: Path) -> World:
     spec = mujoco.MjSpec.from_file(str(assets / thing.model))
     add_view(spec)
     root = spec.body(thing.body)
+    if root is None:
+        raise ValueError(f"{assets / thing.model} has no body {thing.body!r}")
     carried = [root, *root.find_all(mujoco.mjtObj.mjOBJ_BODY)]
     parts = [
         Part(body, joint)

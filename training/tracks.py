@@ -4,8 +4,9 @@
     python -m training.tracks VIDEO... --out DIR --split train
 
 cuts videos into clips and tracks a grid of points through each with pyramidal Lucas-Kanade (Bouguet
-2001) and a forward-backward check (Kalal et al., "Forward-backward error", ICPR 2010). With
-``--tracks`` and ``--visibility`` the tracks of any other tracker are taken instead.
+2001). Tracks are kept that lead back to where they began and end at what looks alike (Kalal et al.,
+"Forward-backward error: automatic detection of tracking failures", ICPR 2010). With ``--tracks``
+and ``--visibility`` the tracks of any other tracker are taken instead.
 
 The shards are laid out as the public pipeline's, which can be read too: of each clip a video, the
 members ``tracks.npy [T, N, 2]`` (pixels over the video's width and height; x, y) and
@@ -21,9 +22,11 @@ import io
 import json
 import logging
 import os
+import tarfile
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,7 +40,6 @@ from fpt_model.geometry import (
     grid,
     inside_image,
     normalised_to_pixels,
-    pixels_to_normalised,
 )
 from fpt_ros.commands.media import Frames
 from training.config import DataConfig
@@ -62,10 +64,14 @@ STILL = 0.01  # image sides: what moves less does not move
 STATIC_SHARE = 0.4  # of the points stand still where the camera does (the public heuristic)
 MIN_TRACKS = 32  # of a clip's first frame that are followed to its end
 
-_WINDOW = (21, 21)  # px, of Lucas-Kanade
+_MEMBERS = 16  # a sample has fewer
+
+_WINDOW = (15, 15)  # px, of Lucas-Kanade
 _LEVELS = 4  # of its pyramid
 _STEP_TOLERANCE = 0.5  # px, forward-backward error from a frame to the next
 _WAY_TOLERANCE = 2.0  # px, from the first frame to the last
+_ALIKE = 0.8  # least correlation of what is around a point in the first frame and in the last
+_AROUND = 5  # px to each side
 
 
 # Reading ------------------------------------------------------------------------------------
@@ -80,7 +86,7 @@ class Motion(NamedTuple):
     @property
     def known(self) -> NDArray[np.bool_]:
         """``[M]``."""
-        return np.isfinite(self.flow).all(-1)
+        return np.isfinite(self.flow).all(axis=-1)
 
     @property
     def camera_static(self) -> bool:
@@ -167,8 +173,13 @@ def check_tracks(tracks: Array, visible: NDArray[np.bool_], where: str) -> None:
 
 def open_shards(folder: str | os.PathLike[str], split: str) -> Shards | TrackShards:
     """The shards of a split: of the simulation, or of videos if that is what they hold."""
-    tracked = TrackShards(folder, split)
-    return tracked if "tracks.npy" in tracked.members(0) else Shards(folder, split)
+    first = min(Path(folder).glob(f"{split}-*.tar"), default=None)
+    if first is not None:
+        with tarfile.open(first) as tar:
+            names = [member.name.partition(".") for member in islice(tar, _MEMBERS)]
+        if any(key == names[0][0] and rest == "tracks.npy" for key, _, rest in names):
+            return TrackShards(folder, split)
+    return Shards(folder, split)
 
 
 def make_example(
@@ -256,18 +267,37 @@ def _follow(frames: list[Image], xy: Array) -> Array:
     return tracks
 
 
+def _around(frame: Image, xy: Array) -> Array:
+    """``[N, ...]``: the grey values around points ``[N, 2]``, of mean 0 and length 1."""
+    steps = np.arange(-_AROUND, _AROUND + 1, dtype=np.float32)
+    columns, rows = (xy[:, i, None].astype(np.float32) + steps for i in (0, 1))
+    n = len(steps)
+    values = cv2.remap(
+        frame.astype(np.float32),
+        np.tile(columns, (1, n)),
+        np.repeat(rows, n, axis=1),
+        cv2.INTER_LINEAR,
+        borderMode=cv2.BORDER_REPLICATE,
+    )
+    values -= values.mean(-1, keepdims=True)
+    return values / np.maximum(np.linalg.norm(values, axis=-1, keepdims=True), 1e-6)
+
+
 def lucas_kanade(frames: list[Image], xy: Array) -> Array:
     """Tracks ``[T, N, 2]`` (px) of points ``xy [N, 2]`` of the first of the grey ``frames [T]``.
 
     A point is lost (NaN from there on) where going back one frame does not return to it within
     half a pixel. One that is followed to the end, but not back from there to where it began (within
-    2 px), drifted somewhere: it is lost from the second frame on.
+    2 px), or whose surroundings are others by then, went astray somewhere, such as along an edge
+    that swept over it: it is lost from the second frame on.
     """
     tracks = _follow(frames, np.asarray(xy, np.float32))
     last = np.flatnonzero(np.isfinite(tracks[-1]).all(-1))
-    back = _follow(frames[::-1], tracks[-1, last])[-1]
-    returned = np.linalg.norm(back - tracks[0, last], axis=-1) < _WAY_TOLERANCE
-    tracks[1:, last[~returned]] = np.nan
+    start, end = tracks[0, last], tracks[-1, last]
+    if len(last):
+        good = np.linalg.norm(_follow(frames[::-1], end)[-1] - start, axis=-1) < _WAY_TOLERANCE
+        good &= (_around(frames[0], start) * _around(frames[-1], end)).sum(-1) > _ALIKE
+        tracks[1:, last[~good]] = np.nan
     return tracks
 
 
