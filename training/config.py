@@ -25,6 +25,8 @@ class DataConfig:
     futures_per_image: int = 1  # of one crop, encoded once: encoding dominates a step's cost
     segment_points: int = 0  # points whose rigid body is told, for an auxiliary loss
     # motions
+    # frames from the picture to the end of its motion, in shards of tracked videos; theirs alone
+    horizon_frames: int = 25
     target_noise: float = 0.004  # image sides, std of the tracking noise added to all motions
     poke_noise: float = 0.02  # further relative noise of the pokes' motion
     hide_static_flag: float = 0.1  # probability that a static camera is given as unknown
@@ -57,6 +59,7 @@ class DataConfig:
             ("queries_per_group", 1),
             ("futures_per_image", 1),
             ("segment_points", 0),
+            ("horizon_frames", 1),
         ):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be >= {least}, received {getattr(self, name)}")

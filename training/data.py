@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""From stored simulation samples to training examples.
+"""From stored simulation samples to training examples (tracked videos: `training.tracks`).
 
 Random access by a global example number makes every example a pure function of (seed, number): a
 resumed run sees exactly what an uninterrupted one would have seen.
@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import cv2
 import numpy as np
@@ -39,21 +39,16 @@ _CANDIDATES = 64  # points among which the one that moves most is found
 _MAX_FLOW = 1.0  # image sides; motions beyond (points that pass the camera) are not supervised
 
 
-class Shards:
-    """Random access to the samples of all WebDataset shards of a split, in a fixed order.
+class TarSamples:
+    """Random access to the members of all WebDataset shards of a split, in a fixed order.
 
-    Without a manifest (the shards are still being made) those present are taken as they are.
-
-    Raises:
-        FileNotFoundError: there are none.
-        ValueError: the manifest has another format or, naming them, lists other files.
+    Raises FileNotFoundError if there are none.
     """
 
     def __init__(self, folder: str | os.PathLike[str], split: str) -> None:
         self.files = sorted(Path(folder).glob(f"{split}-*.tar"))
         if not self.files:
             raise FileNotFoundError(f"no shards {split}-*.tar in {folder}")
-        self.manifest = self._read_manifest(Path(folder) / f"manifest-{split}.json")
         # (file, {extension: (offset, size)}) of each sample
         self._samples: list[tuple[int, dict[str, tuple[int, int]]]] = []
         for number, file in enumerate(self.files):
@@ -63,6 +58,36 @@ class Shards:
                     key, _, extension = member.name.partition(".")
                     parts.setdefault(key, {})[extension] = (member.offset_data, member.size)
             self._samples += [(number, entry) for entry in parts.values()]
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def members(self, index: int) -> set[str]:
+        """The members of a sample, such as "rgb.jpg"."""
+        return set(self._samples[index][1])
+
+    def read(self, index: int, member: str) -> bytes:
+        """The content of a member of a sample."""
+        number, entry = self._samples[index]
+        offset, size = entry[member]
+        with open(self.files[number], "rb") as file:
+            file.seek(offset)
+            return file.read(size)
+
+
+class Shards(TarSamples):
+    """The samples of `sim.dataset`.
+
+    Without a manifest (the shards are still being made) those present are taken as they are.
+
+    Raises:
+        FileNotFoundError: there are none.
+        ValueError: the manifest has another format or, naming them, lists other files.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], split: str) -> None:
+        super().__init__(folder, split)
+        self.manifest = self._read_manifest(Path(folder) / f"manifest-{split}.json")
 
     def _read_manifest(self, path: Path) -> dict[str, Any]:
         if not path.is_file():
@@ -89,22 +114,17 @@ class Shards:
     @cached_property
     def worlds(self) -> list[tuple[str, int]]:
         """(kind, seed) of the world of each image; several images may show the same one."""
-        metas = (json.loads(self._read(i, "meta.json")) for i in range(len(self)))
+        metas = (json.loads(self.read(i, "meta.json")) for i in range(len(self)))
         return [(meta["kind"], meta["seed"]) for meta in metas]
 
-    def _read(self, index: int, extension: str) -> bytes:
-        number, entry = self._samples[index]
-        offset, size = entry[extension]
-        with open(self.files[number], "rb") as file:
-            file.seek(offset)
-            return file.read(size)
-
-    def __len__(self) -> int:
-        return len(self._samples)
-
     def __getitem__(self, index: int) -> StoredSample:
-        _, entry = self._samples[index]
-        return read_sample({extension: self._read(index, extension) for extension in entry})
+        return read_sample({member: self.read(index, member) for member in self.members(index)})
+
+    def example(
+        self, index: int, side: int, config: DataConfig, rng: np.random.Generator
+    ) -> Example:
+        """An example of one image, see :func:`make_example`."""
+        return make_example(self[index], side, config, rng)
 
 
 class Example(NamedTuple):
@@ -150,8 +170,8 @@ class Crop:
         out = resized.round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
         return np.ascontiguousarray(np.rot90(out[:, ::-1] if self.flip else out, self.turns))
 
-    def positions(self, xy: NDArray[np.integer]) -> NDArray[np.float64]:
-        """Pixel indices ``[M, 2]`` of the stored image to model positions."""
+    def positions(self, xy: NDArray[np.number]) -> NDArray[np.float64]:
+        """Pixels ``[M, 2]`` of the stored image to model positions."""
         inside = pixels_to_normalised(xy - [self.left, self.top], (self.height, self.width))
         return (inside - 0.5) @ self._axes.T + 0.5
 
@@ -266,7 +286,7 @@ def make_example(
         informed = rng.random() < config.informed
         on_moving = config.poke_on_moving if informed else 0.0
         moving = pixels[moves[future][bodies]]
-        pokes = _pick(count, moving, pixels, on_moving, rng)
+        pokes = pick(count, moving, pixels, on_moving, rng)
         if informed and len(moving) and rng.random() < config.first_poke_largest:
             candidates = rng.choice(moving, _CANDIDATES)
             motion = sample.flow_at(int(future), points(candidates)).flow
@@ -275,7 +295,7 @@ def make_example(
             np.concatenate(
                 [
                     pokes,
-                    _pick(
+                    pick(
                         groups * config.queries_per_group,
                         on_bodies,
                         pixels,
@@ -286,32 +306,67 @@ def make_example(
             )
         )
         flow = crop.displacements(sample.flow_at(int(future), xy).flow, size)
-        flow += rng.normal(0, config.target_noise, flow.shape)
-        flow[:count] *= 1 + rng.normal(0, config.poke_noise, (count, 1))
-        np.clip(flow[:count], -_MAX_FLOW, _MAX_FLOW, out=flow[:count])
-        flow[count:][np.abs(flow[count:]).max(-1) > _MAX_FLOW] = np.nan
         placed.append(crop.positions(xy))
-        moved.append(flow)
-    segment = _pick(config.segment_points, on_bodies, pixels, 0.5, rng)
+        moved.append(observed(flow, config, rng))
+    segment = pick(config.segment_points, on_bodies, pixels, 0.5, rng)
     image = augment(crop.image(sample.rgb, side), config, rng)
+    bodies = sample.bodies.ravel()[segment]
+    return assemble(
+        image,
+        np.stack(placed),
+        np.stack(moved),
+        static,
+        crop.positions(points(segment)),
+        bodies,
+        config,
+    )
+
+
+def observed(
+    flow: NDArray[np.float64], config: DataConfig, rng: np.random.Generator
+) -> NDArray[np.float64]:
+    """True motions ``[pokes + queries, D]`` with noise; NaN for queries of unusable ones."""
+    count = config.pokes
+    flow = flow + rng.normal(0, config.target_noise, flow.shape)
+    flow[:count] *= 1 + rng.normal(0, config.poke_noise, (count, 1))
+    np.clip(flow[:count], -_MAX_FLOW, _MAX_FLOW, out=flow[:count])
+    flow[count:][np.abs(flow[count:]).max(-1) > _MAX_FLOW] = np.nan
+    return flow
+
+
+def assemble(
+    image: NDArray[np.uint8],
+    positions: NDArray[np.float64],
+    motions: NDArray[np.float64],
+    static: NDArray[np.bool_],
+    segment_pos: NDArray[np.float64],
+    segment_body: NDArray[np.integer],
+    config: DataConfig,
+) -> Example:
+    """An example of ``image [S, S, 3]``.
+
+    ``positions [F, N, 2]`` and ``motions [F, N, D]`` begin with the pokes, the queries follow,
+    group by group; ``static [F]``, ``segment_pos [M, 2]``, ``segment_body [M]``.
+    """
 
     def tensor(x: NDArray[np.float64]) -> Tensor:
         return torch.from_numpy(x.astype(np.float32))
 
-    positions, motions = tensor(np.stack(placed)), tensor(np.stack(moved))
+    count, groups = config.pokes, len(config.visible_pokes)
+    pos, flow = tensor(positions), tensor(motions)
     return Example(
         image=torch.from_numpy(image).permute(2, 0, 1).contiguous(),
-        poke_pos=positions[:, :count],
-        poke_flow=motions[:, :count],
-        query_pos=positions[:, count:].unflatten(1, (groups, -1)),
-        query_flow=motions[:, count:].unflatten(1, (groups, -1)),
+        poke_pos=pos[:, :count],
+        poke_flow=flow[:, :count],
+        query_pos=pos[:, count:].unflatten(1, (groups, -1)),
+        query_flow=flow[:, count:].unflatten(1, (groups, -1)),
         camera_static=torch.from_numpy(static),
-        segment_pos=tensor(crop.positions(points(segment))),
-        segment_body=torch.from_numpy(sample.bodies.ravel()[segment].astype(np.int64)),
+        segment_pos=tensor(segment_pos),
+        segment_body=torch.from_numpy(segment_body.astype(np.int64)),
     )
 
 
-def _pick(
+def pick(
     n: int,
     preferred: NDArray[np.intp],
     anywhere: NDArray[np.intp],
@@ -326,10 +381,22 @@ def _pick(
     return out
 
 
+class ExampleSource(Protocol):
+    """A numbered collection of images that examples are made of."""
+
+    def __len__(self) -> int: ...
+
+    def example(
+        self, index: int, side: int, config: DataConfig, rng: np.random.Generator
+    ) -> Example:
+        """An example of image ``index`` for a model with inputs of ``side`` px."""
+        ...
+
+
 class ExampleDataset(Dataset[Example]):
     """Example number ``i`` of an endless, shuffled sequence over the shards."""
 
-    def __init__(self, shards: Shards, config: RunConfig) -> None:
+    def __init__(self, shards: ExampleSource, config: RunConfig) -> None:
         self.shards, self.config = shards, config
         self._epoch = -1
         self._order: NDArray[np.intp] = np.empty(0, dtype=np.intp)
@@ -340,8 +407,8 @@ class ExampleDataset(Dataset[Example]):
             self._order = np.random.default_rng([seed, 0, epoch]).permutation(len(self.shards))
             self._epoch = epoch
         rng = np.random.default_rng([seed, 1, number])
-        sample = self.shards[int(self._order[position])]
-        return make_example(sample, self.config.model.image_size, self.config.data, rng)
+        index, side = int(self._order[position]), self.config.model.image_size
+        return self.shards.example(index, side, self.config.data, rng)
 
 
 def training_batches(

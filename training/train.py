@@ -30,8 +30,9 @@ from fpt_model import FlowPokeTransformer, load_model, save_model
 from fpt_model.layers import sample_maps
 from fpt_model.model import mixture_parameters, negative_log_likelihood
 from training.config import OptimConfig, RunConfig
-from training.data import Example, ExampleDataset, Shards, training_batches
+from training.data import Example, ExampleDataset, training_batches
 from training.pretrained import load_pretrained_encoder
+from training.tracks import open_shards
 
 log = logging.getLogger("training")
 
@@ -237,9 +238,9 @@ class Trainer:
         self.visible = torch.tensor(config.data.visible_pokes)
         self.step = 0
         self.cpu_seconds = 0.0
-        self.train_shards = Shards(data, "train")
+        self.train_shards = open_shards(data, "train")
         clean = dataclasses.replace(config, data=config.data.without_augmentation())
-        validation = ExampleDataset(Shards(data, "val"), clean)
+        validation = ExampleDataset(open_shards(data, "val"), clean)
         self.validation = list(training_batches(validation, 64, 0, 4, workers=0))
         out.mkdir(parents=True, exist_ok=True)
         if self.checkpoint.is_file():

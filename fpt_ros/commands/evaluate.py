@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: MIT
+"""``fpt eval``: a model's figures on a suite."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Annotated, get_args
+
+import typer
+
+from fpt_ros.commands.arguments import UserError
+
+
+def evaluate(
+    suite: Annotated[
+        str,
+        typer.Option(
+            help="procedural, foreign, clips, or a YAML file; see docs/evaluation.md.",
+            show_default=False,
+        ),
+    ],
+    data: Annotated[
+        Path, typer.Option(help="Folder with the shards of the suite's splits and of val.")
+    ] = Path("data"),
+    model: Annotated[str, typer.Option(help="A shipped model or a checkpoint file.")] = "fpt-tiny",
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for figures and plots; evaluation/SUITE.", show_default=False),
+    ] = None,
+    single_gaussian: Annotated[
+        str | None,
+        typer.Option(
+            help="A model with one component, measured beside the other.", show_default=False
+        ),
+    ] = None,
+    scenes: Annotated[
+        int | None,
+        typer.Option(min=1, help="At most so many of each split.", show_default=False),
+    ] = None,
+    precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
+    seed: Annotated[int, typer.Option(min=0, help="Of pokes and draws.")] = 0,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A few scenes, to see that all runs.")
+    ] = False,
+    save_threshold: Annotated[
+        bool,
+        typer.Option(
+            "--save-threshold",
+            help="Write the KL threshold chosen on the validation split into the model's file.",
+        ),
+    ] = False,
+) -> None:
+    """Measure a model on a suite, beside baselines; write tables, plots and pictures.
+
+    Thresholds are chosen on the split val alone, whatever the suite.
+    """
+    from fpt_model import CheckpointError
+    from fpt_model.checkpoint import resolve_model
+    from fpt_model.predictor import Precision
+    from training.evaluation import run
+    from training.evaluation.suite import EvaluationError, Suite
+
+    if precision not in get_args(Precision):
+        raise UserError(f"--precision must be fp32 or bf16, received {precision!r}")
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        chosen = Suite.load(suite)
+        if quick:
+            chosen = chosen.quick()
+        if scenes:
+            chosen = dataclasses.replace(chosen, scenes=scenes)
+        folder = out or Path("evaluation") / chosen.name
+        figures = run.run(
+            chosen,
+            model,
+            data,
+            folder,
+            single_gaussian,
+            precision,  # type: ignore[arg-type]  # checked above
+            seed,
+        )
+        if save_threshold:
+            run.save_threshold(resolve_model(model), figures["thresholds"]["kl_matched"])
+    except (CheckpointError, EvaluationError, OSError) as error:
+        raise UserError(str(error)) from error
+    print((folder / "figures.md").read_text())
+    print(f"wrote {folder}")

@@ -1,0 +1,340 @@
+# SPDX-License-Identifier: MIT
+"""All that is measured on one scene: a row of numbers and short arrays, of which `figures` makes
+means. Rows are small, so any number of scenes fits in memory.
+
+Errors are end-point errors in cells of the suite's grid. "all" is the mean over all points of a
+scene, "moving" over those that truly move.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fpt_model import FlowMixture, FlowPredictor
+from fpt_model.geometry import displacement_pixels_to_normalised, normalised_to_pixels
+from fpt_model.mixture import Reduce
+from fpt_model.predictor import Scene as EncodedScene
+from training.evaluation.scenes import (
+    MIN_VISIBLE_FLOW,
+    AmbiguousScene,
+    CameraScene,
+    FloatArray,
+    Mask,
+    Scene,
+)
+from training.evaluation.suite import Suite
+
+Row = dict[str, Any]
+
+REDUCTIONS: tuple[Reduce, ...] = ("mean", "median", "mode")  # how mixtures become flow
+PLACES = ("largest", "random")  # where a scene is poked
+RADII = np.linspace(0, 1, 51)  # image sides, candidates of the disc baselines; 0 copies nothing
+LEVELS = 20  # bins of the reliability curve
+OCTAVE = 6  # candidate thresholds in a factor of two
+
+_CALIBRATED = 512  # points of a scene whose probability mass is estimated,
+_DRAWS = 64  # by so many draws each
+
+
+def _candidates(low: float, high: float) -> FloatArray:
+    """Geometric, with a further octave at both ends for half and double the best one."""
+    steps = int(np.ceil(OCTAVE * np.log2(high / low)))
+    return low * 2.0 ** (np.arange(-OCTAVE, steps + OCTAVE + 1) / OCTAVE)
+
+
+THRESHOLDS = {
+    "kl_matched": _candidates(0.01, 100),  # nats, the predictor's influence
+    "kl_variational": _candidates(0.01, 100),  # nats, see variational_kl
+    "speed": _candidates(0.001, 0.3),  # image sides, length of the mean flow
+}
+
+
+# ------------------------------------------------------------------------------------- parts
+
+
+def end_point_error(flow: FloatArray, true: FloatArray, grid: int) -> FloatArray:
+    """``[...]``: distances of normalised ``[..., 2]`` in cells of a ``grid x grid``."""
+    return np.linalg.norm(flow - true, axis=-1) * grid
+
+
+def intersection_over_union(predicted: Mask, true: Mask) -> FloatArray:
+    """``[...]``: IoU of two masks ``[..., C]``."""
+    return (predicted & true).sum(-1) / np.maximum(1, (predicted | true).sum(-1))
+
+
+def variational_kl(p: FlowMixture, q: FlowMixture) -> FloatArray:
+    """``[...]``: the variational approximation of ``D(p || q)`` in nats.
+
+    Hershey & Olsen, "Approximating the Kullback Leibler divergence between Gaussian mixture
+    models" (ICASSP 2007). Unlike the matched one it is zero for equal mixtures, also where their
+    components overlap.
+    """
+
+    def log_overlap(other: FlowMixture) -> FloatArray:
+        return np.logaddexp.reduce(other.log_weights[..., None, :] - p.component_kl(other), -1)
+
+    return np.sum(p.weights * (log_overlap(p) - log_overlap(q)), -1)
+
+
+def rigid_fit(start: FloatArray, end: FloatArray, points: FloatArray) -> FloatArray:
+    """Where ``points [C, 2]`` go under the least-squares rigid motion of the plane that takes
+    ``start [P, 2]`` to ``end [P, 2]`` (Umeyama 1991, without scale); a shift if P is 1."""
+    a, b = start - start.mean(0), end - end.mean(0)
+    u, _, vt = np.linalg.svd(a.T @ b)
+    turn = u @ np.diag([1, np.linalg.det(u @ vt)]) @ vt
+    return (points - start.mean(0)) @ turn + end.mean(0)
+
+
+def probability_mass(mixture: FlowMixture, motion: FloatArray, rng: np.random.Generator) -> Any:
+    """``[...]`` in (0, 1): the mass of the smallest region around the modes that holds ``motion``.
+
+    That is the probability that a draw is denser than ``motion [..., D]``; uniform for motions that
+    are drawn from the mixture themselves.
+    """
+    denser = mixture.log_prob(mixture.sample(_DRAWS, rng)) > mixture.log_prob(motion)
+    return (denser.sum(0) + 0.5) / (_DRAWS + 1)
+
+
+def _moments(x: FloatArray, y: FloatArray) -> FloatArray:
+    """Sums from which the correlation over many scenes is found."""
+    return np.array([len(x), x.sum(), y.sum(), (x * x).sum(), (y * y).sum(), (x * y).sum()])
+
+
+def _means(error: FloatArray, moving: Mask) -> dict[str, FloatArray]:
+    """Over the last axis, of ``[..., C]``."""
+    return {"all": error.mean(-1), "moving": error[..., moving].mean(-1)}
+
+
+# -------------------------------------------------------------------------------- one scene
+
+
+def _baselines(scene: Scene, pokes: NDArray[np.intp], grid: int) -> dict[str, FloatArray]:
+    """Errors ``[C]`` of no motion, ``[R, C]`` of copying the nearest poke and of moving with the
+    pokes rigidly, both within each of ``RADII`` of a poke.
+
+    The rigid motion is fitted, in px, to the pokes that move, and taken where the nearest one does.
+    """
+    still = end_point_error(np.zeros_like(scene.flow), scene.flow, grid)
+    distances = np.linalg.norm(scene.points[:, None] - scene.points[pokes], axis=-1)  # [C, P]
+    nearest = distances.argmin(1)
+    within = distances.min(1) < RADII[:, None]
+    copied = end_point_error(scene.flow[pokes][nearest], scene.flow, grid)
+
+    size = (scene.image.shape[0], scene.image.shape[1])
+    moves = np.linalg.norm(scene.flow[pokes], axis=-1) >= MIN_VISIBLE_FLOW
+    points, after = (
+        normalised_to_pixels(x, size) for x in (scene.points, scene.points + scene.flow)
+    )
+    fitted = rigid_fit(points[pokes[moves]], after[pokes[moves]], points) - points
+    fitted = displacement_pixels_to_normalised(fitted, size)
+    rigid = end_point_error(fitted, scene.flow, grid)
+    return {
+        "no_motion": still,
+        "copy": np.where(within, copied, still),
+        "rigid": np.where(within & moves[nearest], rigid, still),
+    }
+
+
+def _reduced(mixture: FlowMixture) -> dict[str, FloatArray]:
+    """By method, the mixture's one motion ``[..., 2]``."""
+    return {how: mixture.reduce(how) for how in REDUCTIONS}
+
+
+def _errors(
+    flows: dict[str, FloatArray], scene: Scene, pokes: NDArray[np.intp], grid: int
+) -> dict[str, FloatArray]:
+    """By method, of the model's ``flows [C, 2]`` and of the baselines: ``[C]`` or ``[R, C]``."""
+    own = {name: end_point_error(flow, scene.flow, grid) for name, flow in flows.items()}
+    return own | _baselines(scene, pokes, grid)
+
+
+def _put_errors(row: Row, prefix: str, errors: dict[str, FloatArray], moving: Mask) -> None:
+    for name, error in errors.items():
+        for where, value in _means(error, moving).items():
+            row[f"{prefix}epe/{where}/{name}"] = value
+        for where, value in _means((error < 1).astype(np.float32), moving).items():
+            row[f"{prefix}pck/{where}/{name}"] = value
+
+
+def _put_masks(
+    row: Row, prefix: str, mixture: FlowMixture, unconditional: FlowMixture, scene: Scene, poke: int
+) -> dict[str, FloatArray]:
+    """Returns the scores ``[C]``."""
+    scores = {
+        "kl_matched": mixture.kl(unconditional),
+        "kl_variational": variational_kl(mixture, unconditional),
+        "speed": np.linalg.norm(mixture.mean(), axis=-1),
+    }
+    for name, score in scores.items():
+        row[f"{prefix}iou/{name}"] = intersection_over_union(
+            score > THRESHOLDS[name][:, None], scene.moving
+        )
+    distance = np.linalg.norm(scene.points - scene.points[poke], axis=-1)
+    row[f"{prefix}iou/disc"] = intersection_over_union(distance < RADII[:, None], scene.moving)
+    return scores
+
+
+def _put_calibration(
+    row: Row,
+    prefix: str,
+    mixture: FlowMixture,
+    errors: dict[str, FloatArray],
+    scene: Scene,
+    suite: Suite,
+    rng: np.random.Generator,
+) -> None:
+    """Likelihood, correlation of error and standard deviation, reliability."""
+    std = np.sqrt(np.trace(mixture.covariance(), axis1=-2, axis2=-1)) * suite.grid
+    drawn = end_point_error(mixture.sample(1, rng)[0], scene.flow, suite.grid)
+    row[f"{prefix}moments/sample"] = _moments(drawn, std)
+    for how in REDUCTIONS:
+        row[f"{prefix}moments/{how}"] = _moments(errors[how], std)
+    tracked = scene.flow + rng.normal(0, suite.tracking_noise, scene.flow.shape)
+    for truth, flow in {"exact": scene.flow, "tracked": tracked}.items():
+        for where, value in _means(-mixture.log_prob(flow), scene.moving).items():
+            row[f"{prefix}nll/{where}/{truth}"] = value
+        for where, points in (
+            ("all", np.arange(len(flow))),
+            ("moving", np.flatnonzero(scene.moving)),
+        ):
+            some = rng.choice(points, _CALIBRATED)
+            mass = probability_mass(mixture[some], flow[some], rng)
+            counts, _ = np.histogram(mass, LEVELS, (0, 1))
+            row[f"{prefix}mass/{where}/{truth}"] = counts / len(some)
+
+
+def _put_modes(row: Row, prefix: str, mixture: FlowMixture, scene: Scene, grid: int) -> None:
+    """How sure, how near and how different the modes are.
+
+    confidence: the probability of the mode that comes nearest the truth; closeness: its error;
+    diversity: the expected distance of two modes drawn at random; first: how often the most
+    probable mode is the nearest.
+    """
+    modes = mixture.modes()
+    error = end_point_error(modes.means, scene.flow[:, None], grid)  # [C, K]
+    nearest = error.argmin(-1)
+    apart = end_point_error(modes.means[:, :, None], modes.means[:, None], grid)
+    values = {
+        "confidence": np.take_along_axis(modes.weights, nearest[:, None], -1)[:, 0],
+        "closeness": error.min(-1),
+        "best_of_two": error[:, :2].min(-1),
+        "diversity": np.einsum("ci,cj,cij->c", modes.weights, modes.weights, apart),
+        "first": (nearest == 0).astype(np.float32),
+    }
+    for name, value in values.items():
+        for where, mean in _means(value, scene.moving).items():
+            row[f"{prefix}modes/{where}/{name}"] = mean
+
+
+def measure(
+    predictor: FlowPredictor,
+    scene: Scene,
+    suite: Suite,
+    rng: np.random.Generator,
+    thresholds_only: bool = False,
+) -> tuple[Row, dict[str, FloatArray]]:
+    """The row of a scene; and for pictures, when poked at its largest motion, flow and scores.
+
+    ``thresholds_only`` leaves out what thresholds are not chosen by.
+    """
+    encoded = predictor.encode(scene.image)
+    unconditional = _predict(predictor, encoded, scene, scene.pokes[:0])
+    row: Row = {}
+
+    def put_place(
+        place: str, poke: int, mixture: FlowMixture, errors: dict[str, FloatArray]
+    ) -> dict[str, FloatArray]:
+        prefix = f"{place}/"
+        if not thresholds_only:
+            _put_errors(row, prefix, errors, scene.moving)
+            _put_calibration(row, prefix, mixture, errors, scene, suite, rng)
+            _put_modes(row, prefix, mixture, scene, suite.grid)
+            row[f"{prefix}poke_length"] = np.linalg.norm(scene.flow[poke])
+        return _put_masks(row, prefix, mixture, unconditional, scene, poke)
+
+    shown: dict[str, FloatArray] = {}
+    for count in suite.pokes[: 1 if thresholds_only else None]:
+        pokes = scene.pokes[:count]  # the predictor keeps those that it has run already
+        mixture = _predict(predictor, encoded, scene, pokes)
+        flows = _reduced(mixture)
+        errors = _errors(flows, scene, pokes, suite.grid)
+        if count == 1:
+            shown = flows | put_place("largest", int(pokes[0]), mixture, errors)
+        _put_errors(row, f"curve/{count}/", errors, scene.moving)
+        row[f"curve/{count}/nll"] = -mixture.log_prob(scene.flow).mean()
+    poke = np.array([scene.drawn])
+    mixture = _predict(predictor, encoded, scene, poke)
+    flows = _reduced(mixture)
+    put_place("random", scene.drawn, mixture, _errors(flows, scene, poke, suite.grid))
+    return row, shown
+
+
+def _predict(
+    predictor: FlowPredictor, encoded: EncodedScene, scene: Scene, pokes: NDArray[np.intp]
+) -> FlowMixture:
+    """The motion of all points given some of them."""
+    return predictor.predict(
+        encoded, scene.points[pokes], scene.flow[pokes], scene.points, scene.camera_static
+    )
+
+
+def measure_camera(
+    predictor: FlowPredictor, scene: CameraScene, grid: int, rng: np.random.Generator
+) -> Row:
+    """What the flag ``camera_static`` changes for what lies still in the world.
+
+    Without pokes, for each flag: likelihood of the motion under the moving and the standing camera,
+    and the expected speed in cells. With one poke on it, under the moving camera: error.
+    """
+    encoded = predictor.encode(scene.image)
+    nothing = np.empty((0, 2))
+    known = {
+        name: np.isfinite(flow).all(-1)
+        for name, flow in (("moving", scene.moving_flow), ("standing", scene.static_flow))
+    }
+    poke = rng.choice(np.flatnonzero(known["moving"]), 1)
+    row: Row = {}
+    for flag in (False, True):
+        prefix = f"flag_{int(flag)}/"
+        free = predictor.predict(encoded, nothing, nothing, scene.points, flag)
+        speed = np.linalg.norm(free.sample(_DRAWS, rng), axis=-1).mean(0) * grid
+        row[f"{prefix}speed"] = speed[known["moving"]].mean()
+        for name, flow in (("moving", scene.moving_flow), ("standing", scene.static_flow)):
+            where = known[name]
+            row[f"{prefix}nll/{name}_camera"] = -free[where].log_prob(flow[where]).mean()
+        poked = predictor.predict(
+            encoded, scene.points[poke], scene.moving_flow[poke], scene.points, flag
+        )
+        error = end_point_error(poked.mean(), scene.moving_flow, grid)
+        row[f"{prefix}epe/poked"] = error[known["moving"]].mean()
+    lengths = np.linalg.norm(scene.moving_flow[known["moving"]], axis=-1)
+    row["true_speed"] = row["epe/no_motion"] = lengths.mean() * grid
+    return row
+
+
+def measure_ambiguity(predictor: FlowPredictor, scene: AmbiguousScene, grid: int) -> Row:
+    """Whether the two most probable modes hold what may happen by itself, without any poke.
+
+    Errors are means over points, and over all futures, or over distinct motions, each once; the
+    likelihood is over all futures.
+    """
+    encoded = predictor.encode(scene.image)
+    nothing = np.empty((0, 2))
+    mixture = predictor.predict(encoded, nothing, nothing, scene.points, True)
+    means = mixture.modes().means  # [C, K, 2]
+    modes = end_point_error(means, scene.flow[:, :, None], grid)  # [F, C, K]
+    errors = {
+        "best_of_two": modes[..., :2].min(-1),
+        "best_of_all": modes.min(-1),
+        **{name: end_point_error(f, scene.flow, grid) for name, f in _reduced(mixture).items()},
+    }
+    row: Row = {}
+    for name, error in errors.items():
+        row[f"futures/{name}"] = error.mean()
+        row[f"distinct/{name}"] = error[scene.distinct].mean()
+    row["nll"] = -mixture.log_prob(scene.flow).mean()
+    row["motions"] = scene.distinct.sum(0).mean()
+    return row
