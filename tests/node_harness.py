@@ -222,7 +222,11 @@ class Client:
                         words = ("reliable" if reliable else "best effort") + ", latched" * latched
                         kind = info.topic_type.replace("/msg/", "/")
                         found.add(Topic(name, direction, kind, words))
-        return {topic for topic in found if not topic.name.endswith(_OF_EVERY_NODE)}
+        return {
+            topic
+            for topic in found
+            if not topic.name.endswith(_OF_EVERY_NODE) and "/_action/" not in topic.name
+        }
 
     def call(self, srv_type: type, name: str, request: Any, timeout_s: float = 30.0) -> Any:
         """Call a service; returns its response."""
