@@ -65,11 +65,13 @@ FEEDBACK_PERIOD_S = 0.1
 RESULT_TIMEOUT_S = 30
 """The action's results can be fetched for this long."""
 
-# An image that is lost is soon replaced, and a best-effort reader matches every camera.
-_IMAGE_QOS = QoSProfile(depth=1, reliability=ReliabilityPolicy.BEST_EFFORT)
+# An image that is lost is soon replaced, and a best-effort reader matches every camera. The depth
+# (that of ROS's sensor data profile) lets all images be named while a callback is late.
+_IMAGE_QOS = QoSProfile(depth=5, reliability=ReliabilityPolicy.BEST_EFFORT)
 # A lost command is lost for good, and commanders publish reliably by default.
 _COMMAND_QOS = QoSProfile(depth=10, reliability=ReliabilityPolicy.RELIABLE)
 _OUTPUT_QOS = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE)
+_MARKER_QOS = QoSProfile(depth=10, reliability=ReliabilityPolicy.RELIABLE)  # deletions come once
 _LATCHED_QOS = QoSProfile(
     depth=1,
     reliability=ReliabilityPolicy.RELIABLE,
@@ -304,7 +306,7 @@ class FptNode(LifecycleNode):
         def image(encoding: str, pixels: Callable[[Answer], Any]) -> Any:
             return Image, lambda answer, header: array_to_image(pixels(answer), encoding, header)
 
-        for name, (msg_type, build) in {
+        outputs: dict[str, tuple[type, Callable[[Answer, Header], Any]]] = {
             "distribution": (FlowDistribution, self._distribution),
             "flow": image("32FC2", lambda answer: answer.flow),
             "flow_color": image("rgb8", lambda answer: answer.flow_color),
@@ -312,11 +314,13 @@ class FptNode(LifecycleNode):
             "influence": image("32FC1", lambda answer: answer.influence),
             "overlay": image("rgb8", lambda answer: answer.overlay),
             "markers": (MarkerArray, self._mark),
-        }.items():
-            self._outputs.append((self._create_output(msg_type, name), build))
+        }
+        for name, (msg_type, build) in outputs.items():
+            qos = _MARKER_QOS if msg_type is MarkerArray else _OUTPUT_QOS
+            self._outputs.append((self._create_output(msg_type, name, qos), build))
         for name in TIMES:
             topic = f"debug/{name.replace(' ', '_')}_ms"
-            self._latencies[name] = self._create_output(Float64, topic)
+            self._latencies[name] = self._create_output(Float64, topic, _OUTPUT_QOS)
         self._info = self.create_publisher(ModelInfo, "~/info", copy(_LATCHED_QOS))
         self._info.publish(self._model_info())
         camera: tuple[type, str] = (Image, "image")
@@ -331,12 +335,12 @@ class FptNode(LifecycleNode):
         ):  # one by one, so that a failure leaves none behind
             self._inputs.append(self._create_input(msg_type, name, qos, callback))
 
-    def _create_output(self, msg_type: type, name: str) -> LifecyclePublisher:
+    def _create_output(self, msg_type: type, name: str, qos: QoSProfile) -> LifecyclePublisher:
         topic = self.resolve_topic_name(f"~/{name}")
         return self.create_lifecycle_publisher(
             msg_type,
             f"~/{name}",
-            copy(_OUTPUT_QOS),
+            copy(qos),
             qos_overriding_options=QoSOverridingOptions(_OVERRIDABLE),
             event_callbacks=PublisherEventCallbacks(
                 incompatible_qos=lambda event: self._warn_qos(topic, "publisher", event),

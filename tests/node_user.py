@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -42,8 +42,8 @@ def picture(seed: int = 0, size: tuple[int, int] = (HEIGHT, WIDTH)) -> np.ndarra
 class User:
     """Sends images, pokes and queries to the node, and knows what the answer must be."""
 
-    def __init__(self, client: Client, node: Process, model: Path) -> None:
-        self.client, self.node = client, node
+    def __init__(self, client: Client, node: Process, model: Path, domain: int) -> None:
+        self.client, self.node, self.domain = client, node, domain
         self.predictor = FlowPredictor(load_model(model))
 
     def expected(
@@ -141,7 +141,7 @@ def values_of(status: DiagnosticStatus) -> dict[str, str]:
 
 
 @contextmanager
-def running_node(model: Path, **parameters: Any) -> Iterator[User]:
+def running_node(model: Path, remap: Sequence[str] = (), **parameters: Any) -> Iterator[User]:
     """A node process with small grids and a user of it; it must end well."""
     domain, claim = claim_domain_id()
     parameters = {
@@ -156,11 +156,12 @@ def running_node(model: Path, **parameters: Any) -> Iterator[User]:
         **parameters,
     }
     arguments = [word for k, v in parameters.items() for word in ("-p", f"{k}:={v}")]
+    arguments += [word for rule in remap for word in ("-r", rule)]
     node = Process(python_module("fpt_ros.node", *arguments), domain)
     with claim, node, Client(domain) as client:
         client.subscribe(DiagnosticArray, "/diagnostics")
-        node.wait_for("subscribed to /image")
-        yield User(client, node, model)
+        node.wait_for("subscribed to /")
+        yield User(client, node, model, domain)
         code = node.interrupt()
     assert code == 0, node.output
     assert "Traceback" not in node.output

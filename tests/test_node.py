@@ -21,6 +21,7 @@ from node_harness import (
     SENSOR_QOS,
     Client,
     Process,
+    documented_services,
     documented_topics,
     python_module,
     save_small_model,
@@ -356,6 +357,7 @@ def test_lifecycle_and_laziness(model: Path) -> None:
             lambda: client.topics_of("fpt", "/left") == documented,
             explain=lambda: f"differing: {client.topics_of('fpt', '/left') ^ documented}",
         )
+        assert client.services_of("fpt", "/left") == documented_services("fpt_node", "fpt", "/left")
         refused = set_parameter("model", str(model))
         assert not refused.successful
         assert "unconfigured" in refused.reason
