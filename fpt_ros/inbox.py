@@ -5,58 +5,79 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from threading import Condition
+from typing import Any
 
-from sensor_msgs.msg import Image
+from sensor_msgs.msg import CompressedImage, Image
 
-from fpt_msgs.msg import PokeArray, QueryArray
+from fpt_ros.pokes import RequestError
 
-_MAX_REQUESTS = 64  # pokes and queries that may wait; the oldest make room
+MAX_REQUESTS = 64
+"""Requests of all kinds that may wait; the oldest make room."""
 
 
-@dataclass
+def _ignore(_: Any) -> None:
+    pass
+
+
+@dataclass(eq=False)
 class Request:
-    """Pokes or queries, and when they arrived (time.monotonic)."""
+    """Something asked about an image, whichever way it came.
 
-    msg: PokeArray | QueryArray
-    arrived_s: float
+    Attributes:
+        kind: "pokes", "queries", or the name of a service or action; counts and errors carry it.
+        msg: what was sent; its header names the image by its stamp.
+        done: takes the response, or the reason why there is none. Messages get no response.
+        progress: takes what is worth telling before the response.
+        cancelled: whether nobody waits for the response any more.
+        arrived_s: when it arrived, by time.monotonic.
+    """
+
+    kind: str
+    msg: Any
+    done: Callable[[Any | RequestError], None] = _ignore
+    progress: Callable[[Any], None] = _ignore
+    cancelled: Callable[[], bool] = bool
+    arrived_s: float = field(default_factory=time.monotonic)
 
 
 @dataclass
 class Batch:
     """Everything that arrived since the last batch."""
 
-    image: Image | None
+    images: list[Image | CompressedImage]  # oldest first; the last of those that may be held
+    superseded: int  # images that a newer one followed
     requests: list[Request]
     woken: bool  # something else happened that calls for an answer
 
 
 class Inbox:
-    """Holds only the newest image, so that a slow worker never falls behind a fast camera."""
+    """Keeps what arrives, in order. Of images no more than ``max_images``, the newest."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_images: int) -> None:
         self._changed = Condition()
-        self._image: Image | None = None
-        self._requests: deque[Request] = deque(maxlen=_MAX_REQUESTS)
+        self._images: deque[Image | CompressedImage] = deque(maxlen=max_images)
+        self._arrived = 0
+        self._requests: deque[Request] = deque()
         self._wake = False
         self._closed = False
 
-    def put_image(self, image: Image) -> bool:
-        """Leave an image; True when it replaced one that nobody had taken."""
+    def put_image(self, image: Image | CompressedImage) -> None:
+        """Leave an image."""
         with self._changed:
-            replaced = self._image is not None
-            self._image = image
+            self._images.append(image)
+            self._arrived += 1
             self._changed.notify()
-            return replaced
 
-    def put_request(self, msg: PokeArray | QueryArray) -> bool:
-        """Leave pokes or queries; True when the oldest that waited had to make room."""
+    def put(self, request: Request) -> Request | None:
+        """Leave a request; returns the one that had to make room, if any."""
         with self._changed:
-            full = len(self._requests) == _MAX_REQUESTS
-            self._requests.append(Request(msg, time.monotonic()))
+            oldest = self._requests.popleft() if len(self._requests) == MAX_REQUESTS else None
+            self._requests.append(request)
             self._changed.notify()
-            return full
+            return oldest
 
     def wake(self) -> None:
         """Call for an answer although nothing arrived."""
@@ -75,16 +96,25 @@ class Inbox:
         """Whether the worker should end."""
         return self._closed
 
+    def leftover(self) -> list[Request]:
+        """The requests that nobody took."""
+        with self._changed:
+            requests = list(self._requests)
+            self._requests.clear()
+            return requests
+
     def take(self, timeout_s: float | None = None) -> Batch | None:
         """Wait until something arrives, or for ``timeout_s``; None when closed."""
         with self._changed:
             self._changed.wait_for(
-                lambda: self._closed or self._wake or self._image is not None or self._requests,
-                timeout_s,
+                lambda: self._closed or self._wake or self._images or self._requests, timeout_s
             )
             if self._closed:
                 return None
-            batch = Batch(self._image, list(self._requests), self._wake)
-            self._image, self._wake = None, False
+            batch = Batch(
+                list(self._images), max(0, self._arrived - 1), list(self._requests), self._wake
+            )
+            self._images.clear()
             self._requests.clear()
+            self._arrived, self._wake = 0, False
             return batch

@@ -1,68 +1,84 @@
 # SPDX-License-Identifier: MIT
 """The ROS 2 node: camera image and pokes in, motion distributions, flow and moving part out.
 
-Callbacks only leave messages in an :class:`~fpt_ros.inbox.Inbox`; one worker thread takes the
-newest image, encodes it once and publishes what somebody subscribes to.
-
-Pokes and queries with a zero stamp stand: they apply to the newest image and to all after it, until
-the next such message; an empty one clears them. With a stamp they apply to the image of that stamp
-only, as long as the node holds it.
+Callbacks only pass on what arrived to the one :class:`~fpt_ros.worker.Worker`, which answers the
+topics, services and the action alike; here is what has to do with ROS: lifecycle, parameters,
+topics, services, the action and diagnostics. None of it waits for the model, except transitions.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-import traceback
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import copy  # of QoS profiles, which creating a topic changes
-from dataclasses import dataclass
-from threading import Thread
+from functools import partial
+from threading import Event, Thread
 from typing import Any
 
 import numpy as np
 import torch
 from diagnostic_msgs.msg import DiagnosticArray
 from lifecycle_msgs.srv import ChangeState
-from numpy.typing import NDArray
 from rcl_interfaces.msg import SetParametersResult
+from rclpy.action import ActionServer, CancelResponse
+from rclpy.action.server import ServerGoalHandle
+from rclpy.callback_groups import ReentrantCallbackGroup
 from rclpy.clock import Clock
 from rclpy.clock_type import ClockType
 from rclpy.event_handler import PublisherEventCallbacks, SubscriptionEventCallbacks
 from rclpy.lifecycle import LifecycleNode, LifecyclePublisher, LifecycleState
 from rclpy.lifecycle import TransitionCallbackReturn as Transition
 from rclpy.parameter import Parameter
-from rclpy.qos import QoSPolicyKind, QoSProfile, ReliabilityPolicy, qos_policy_name_from_kind
+from rclpy.publisher import Publisher
+from rclpy.qos import (
+    DurabilityPolicy,
+    QoSPolicyKind,
+    QoSProfile,
+    ReliabilityPolicy,
+    qos_policy_name_from_kind,
+)
 from rclpy.qos_overriding_options import QoSOverridingOptions
 from rclpy.subscription import Subscription
+from rclpy.task import Future
 from rclpy.timer import Timer
-from sensor_msgs.msg import Image
-from std_msgs.msg import Header
+from sensor_msgs.msg import CameraInfo, CompressedImage, Image
+from std_msgs.msg import Float64, Header
+from visualization_msgs.msg import MarkerArray
 
 from fpt_model import FlowPredictor, load_model
-from fpt_msgs.msg import FlowDistribution, PokeArray, QueryArray
-from fpt_ros.images import ImageError, array_to_image, image_to_rgb
-from fpt_ros.inbox import Batch, Inbox, Request
-from fpt_ros.messages import (
-    distribution_to_msg,
-    pokes_from_msg,
-    queries_from_msg,
-)
-from fpt_ros.monitor import Monitor
+from fpt_msgs.action import SampleFlow
+from fpt_msgs.msg import FlowDistribution, ModelInfo, PokeArray, QueryArray
+from fpt_ros.images import array_to_image
+from fpt_ros.inbox import Request
+from fpt_ros.markers import Markers, Plane
+from fpt_ros.messages import distribution_to_msg
+from fpt_ros.monitor import TIMES, Monitor
 from fpt_ros.parameters import FPT_PARAMETERS, declare_parameters
-from fpt_ros.pipeline import Answer, Settings, View
-from fpt_ros.pokes import Pokes, RequestError, check_inside
+from fpt_ros.pipeline import Answer
+from fpt_ros.pokes import RequestError
+from fpt_ros.services import ACTION, SERVICES
+from fpt_ros.worker import Output, Worker
 
-IMAGE_WAIT_S = 1.0
-"""Pokes and queries that name an image not yet received wait this long for it."""
+FEEDBACK_PERIOD_S = 0.1
+"""The action's feedback comes no more often than this."""
 
-# An image that is lost is soon replaced, and a best-effort reader matches every camera.
-_IMAGE_QOS = QoSProfile(depth=1, reliability=ReliabilityPolicy.BEST_EFFORT)
+RESULT_TIMEOUT_S = 30
+"""The action's results can be fetched for this long."""
+
+# An image that is lost is soon replaced, and a best-effort reader matches every camera. The depth
+# (that of ROS's sensor data profile) lets all images be named while a callback is late.
+_IMAGE_QOS = QoSProfile(depth=5, reliability=ReliabilityPolicy.BEST_EFFORT)
 # A lost command is lost for good, and commanders publish reliably by default.
 _COMMAND_QOS = QoSProfile(depth=10, reliability=ReliabilityPolicy.RELIABLE)
 _OUTPUT_QOS = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE)
+_MARKER_QOS = QoSProfile(depth=10, reliability=ReliabilityPolicy.RELIABLE)  # deletions come once
+_LATCHED_QOS = QoSProfile(
+    depth=1,
+    reliability=ReliabilityPolicy.RELIABLE,
+    durability=DurabilityPolicy.TRANSIENT_LOCAL,
+)
 
 _OVERRIDABLE = (
     QoSPolicyKind.HISTORY,
@@ -76,25 +92,12 @@ _FIXED = frozenset(spec.name for spec in FPT_PARAMETERS if spec.fixed)
 _CHOICES = {spec.name: spec.choices for spec in FPT_PARAMETERS if spec.choices}
 
 
-@dataclass
-class Conditions:
-    """What is asked of an image, px; None: nothing was sent."""
-
-    pokes: Pokes | None = None
-    queries: NDArray[np.float64] | None = None
-
-
-@dataclass(eq=False)
-class HeldImage:
-    """An encoded image, and the pokes and queries that named it."""
-
-    header: Header
-    view: View
-    named: Conditions
-
-
 class FptNode(LifecycleNode):
-    """See the module's description; docs/ lists the topics and parameters."""
+    """See the module's description; docs/ lists topics, services, the action and parameters.
+
+    Services and action are there in every state: when the node is not active they say so, and a
+    client need not wonder whether there is a node at all.
+    """
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__("fpt", **kwargs)
@@ -105,30 +108,48 @@ class FptNode(LifecycleNode):
             self._check_parameters
         )  # also of what is given at start
         declare_parameters(self, FPT_PARAMETERS)
-        self._monitor = Monitor()
-        self._outputs: list[tuple[LifecyclePublisher, Callable[[Answer, Header], Any]]] = []
+        self._latencies: dict[str, LifecyclePublisher] = {}
+        self._monitor = Monitor(self.get_logger(), self._publish_latency)
+        self._outputs: list[Output] = []
+        self._info: Publisher | None = None
         self._inputs: list[Subscription] = []
-        self._inbox = Inbox()
-        self._worker: Thread | None = None
-        # the following belong to the worker while it runs
-        self._standing = Conditions()
-        self._held: deque[HeldImage] = deque()
-        self._unread: Image | None = None  # the newest image, if nobody was listening
-        self._waiting: list[Request] = []
+        self._camera_info: CameraInfo | None = None
+        self._markers = Markers()
+        self._worker: Worker | None = None
 
-        # neither may stop with a paused simulation's clock
-        steady = Clock(clock_type=ClockType.STEADY_TIME)
-        self._diagnostics = self.create_publisher(DiagnosticArray, "/diagnostics", 10)
-        self.create_timer(
-            self._value("diagnostics_period_s"), self._publish_diagnostics, clock=steady
+        # their callbacks wait for the worker without holding up each other or anything else
+        group = ReentrantCallbackGroup()
+        for name, srv_type in SERVICES.items():
+            callback = partial(self._serve, name)
+            self.create_service(srv_type, f"~/{name}", callback, callback_group=group)
+        self._action = ActionServer(
+            self,
+            SampleFlow,
+            f"~/{ACTION}",
+            self._sample_flow,
+            callback_group=group,
+            cancel_callback=lambda goal: CancelResponse.ACCEPT,
+            result_timeout=RESULT_TIMEOUT_S,
         )
+
+        # In a thread of its own, the diagnostics tell when all others are stuck.
+        self._diagnostics = self.create_publisher(DiagnosticArray, "/diagnostics", 10)
+        self._ending = Event()
+        self._watchdog = Thread(target=self._watch, name="fpt_watchdog", daemon=True)
+        self._watchdog.start()
         self._autostart: Timer | None = None
         if self._value("autostart"):
+            # which may not wait for a paused simulation's clock
+            steady = Clock(clock_type=ClockType.STEADY_TIME)
             self._autostart = self.create_timer(0.0, self._start, clock=steady)
 
     def destroy_node(self) -> None:
-        """End the worker, then destroy as usual."""
-        self._stop_worker()
+        """End the threads, then destroy as usual."""
+        if self._worker is not None:
+            self._worker.stop()
+        self._ending.set()
+        self._watchdog.join()
+        self._action.destroy()
         super().destroy_node()
 
     # ------------------------------------------------------------------------------ lifecycle
@@ -154,7 +175,15 @@ class FptNode(LifecycleNode):
             )
             return Transition.FAILURE
         self._monitor.fail("")
-        self._held = deque(maxlen=self._value("scene_history"))
+        self._worker = Worker(
+            self._predictor,
+            self._outputs,
+            self._value,
+            self._monitor,
+            self.get_clock(),
+            self.get_logger(),
+            self.context.ok,
+        )
         config = self._predictor.config
         self.get_logger().info(
             f"model {config.name} ({config.licence}, {config.horizon_s:g} s ahead) on "
@@ -170,14 +199,14 @@ class FptNode(LifecycleNode):
     def on_activate(self, state: LifecycleState) -> Transition:
         """Start to answer."""
         result = super().on_activate(state)
-        self._inbox = Inbox()
-        self._worker = Thread(target=self._work, name="fpt_worker", daemon=True)
+        assert self._worker is not None
         self._worker.start()
         return result
 
     def on_deactivate(self, state: LifecycleState) -> Transition:
         """Stop to answer; standing pokes and queries are kept."""
-        self._stop_worker()
+        assert self._worker is not None
+        self._worker.stop()
         return super().on_deactivate(state)
 
     def on_cleanup(self, state: LifecycleState) -> Transition:
@@ -220,20 +249,20 @@ class FptNode(LifecycleNode):
             self.trigger_activate()
 
     def _release(self) -> None:
-        self._stop_worker()
-        for publisher, _ in self._outputs:
+        if self._worker is not None:
+            self._worker.stop()
+        for publisher in (
+            *(publisher for publisher, _ in self._outputs),
+            *self._latencies.values(),
+        ):
             self.destroy_lifecycle_publisher(publisher)
+        if self._info is not None:
+            self.destroy_publisher(self._info)
         for subscription in self._inputs:
             self.destroy_subscription(subscription)
-        self._outputs, self._inputs, self._predictor = [], [], None
-        self._standing, self._unread, self._waiting = Conditions(), None, []
-        self._held.clear()
-
-    def _stop_worker(self) -> None:
-        self._inbox.close()
-        if self._worker is not None:
-            self._worker.join()
-            self._worker = None
+        self._outputs, self._latencies, self._info, self._inputs = [], {}, None, []
+        self._worker, self._predictor, self._camera_info = None, None, None
+        self._markers = Markers()
 
     def _load_predictor(self) -> FlowPredictor:
         if self._value("threads"):
@@ -262,7 +291,7 @@ class FptNode(LifecycleNode):
         """Log and count what the model library warns of: that it falls back, that it builds."""
 
         def warn(record: logging.LogRecord) -> bool:
-            self._monitor.error("backend", record.getMessage())
+            self._monitor.count("errors: backend")
             self.get_logger().warning(record.getMessage())
             return False  # said once is enough
 
@@ -289,16 +318,6 @@ class FptNode(LifecycleNode):
     def _value(self, name: str) -> Any:
         return self.get_parameter(name).value
 
-    def _settings(self) -> Settings:
-        return Settings(
-            camera_static=self._value("camera_static"),
-            flow_reduce=self._value("flow_reduce"),
-            dense_size=(self._value("dense_height"), self._value("dense_width")),
-            query_grid=(self._value("query_grid_height"), self._value("query_grid_width")),
-            full_resolution=self._value("full_resolution"),
-            kl_threshold_nats=self._value("kl_threshold_nats") or None,
-        )
-
     def _check_parameters(self, parameters: list[Parameter]) -> SetParametersResult:
         fixed = sorted(p.name for p in parameters if p.name in _FIXED)
         if fixed and self._predictor is not None:
@@ -320,30 +339,41 @@ class FptNode(LifecycleNode):
         def image(encoding: str, pixels: Callable[[Answer], Any]) -> Any:
             return Image, lambda answer, header: array_to_image(pixels(answer), encoding, header)
 
-        for name, (msg_type, build) in {
+        outputs: dict[str, tuple[type, Callable[[Answer, Header], Any]]] = {
             "distribution": (FlowDistribution, self._distribution),
             "flow": image("32FC2", lambda answer: answer.flow),
             "flow_color": image("rgb8", lambda answer: answer.flow_color),
-            "mask": image(
-                "mono8", lambda answer: np.where(answer.mask, np.uint8(255), np.uint8(0))
-            ),
+            "mask": image("mono8", lambda answer: answer.mask_image),
             "influence": image("32FC1", lambda answer: answer.influence),
             "overlay": image("rgb8", lambda answer: answer.overlay),
-        }.items():
-            self._outputs.append((self._create_output(msg_type, name), build))
+            "markers": (MarkerArray, self._mark),
+        }
+        for name, (msg_type, build) in outputs.items():
+            qos = _MARKER_QOS if msg_type is MarkerArray else _OUTPUT_QOS
+            self._outputs.append((self._create_output(msg_type, name, qos), build))
+        for name in TIMES:
+            topic = f"debug/{name.replace(' ', '_')}_ms"
+            self._latencies[name] = self._create_output(Float64, topic, _OUTPUT_QOS)
+        self._info = self.create_publisher(ModelInfo, "~/info", copy(_LATCHED_QOS))
+        self._info.publish(self._model_info())
+        camera: tuple[type, str] = (Image, "image")
+        if self._value("image_transport") == "compressed":
+            # below the camera's topic, also when that is remapped, as image_transport has it
+            camera = (CompressedImage, f"{self.resolve_topic_name('image')}/compressed")
         for msg_type, name, qos, callback in (
-            (Image, "image", _IMAGE_QOS, self._on_image),
-            (PokeArray, "pokes", _COMMAND_QOS, self._on_request),
-            (QueryArray, "queries", _COMMAND_QOS, self._on_request),
+            (*camera, _IMAGE_QOS, self._on_image),
+            (PokeArray, "pokes", _COMMAND_QOS, partial(self._on_command, "pokes")),
+            (QueryArray, "queries", _COMMAND_QOS, partial(self._on_command, "queries")),
+            (CameraInfo, "camera_info", _IMAGE_QOS, self._on_camera_info),
         ):  # one by one, so that a failure leaves none behind
             self._inputs.append(self._create_input(msg_type, name, qos, callback))
 
-    def _create_output(self, msg_type: type, name: str) -> LifecyclePublisher:
+    def _create_output(self, msg_type: type, name: str, qos: QoSProfile) -> LifecyclePublisher:
         topic = self.resolve_topic_name(f"~/{name}")
         return self.create_lifecycle_publisher(
             msg_type,
             f"~/{name}",
-            copy(_OUTPUT_QOS),
+            copy(qos),
             qos_overriding_options=QoSOverridingOptions(_OVERRIDABLE),
             event_callbacks=PublisherEventCallbacks(
                 incompatible_qos=lambda event: self._warn_qos(topic, "publisher", event),
@@ -367,10 +397,8 @@ class FptNode(LifecycleNode):
         )
 
     def _on_matched(self, event: Any) -> None:
-        if (
-            self._worker is not None and event.current_count_change > 0
-        ):  # a new subscriber need not wait for the next image
-            self._inbox.wake()
+        if self._worker is not None and self._worker.running and event.current_count_change > 0:
+            self._worker.wake()  # a new subscriber need not wait for the next image
 
     def _warn_qos(self, topic: str, entity: str, event: Any) -> None:
         policy = qos_policy_name_from_kind(event.last_policy_kind)
@@ -384,150 +412,17 @@ class FptNode(LifecycleNode):
             f"a {other} of {topic} has incompatible QoS, no message will pass: {policy}. {advice}"
         )
 
-    def _on_image(self, msg: Image) -> None:
-        if self._worker is None:
-            return
-        self._monitor.image_received()
-        if self._inbox.put_image(msg):
-            self._monitor.count("images dropped: newer came first")
+    def _on_image(self, msg: Image | CompressedImage) -> None:
+        if self._worker is not None and self._worker.running:
+            self._worker.put_image(msg)
 
-    def _on_request(self, msg: PokeArray | QueryArray) -> None:
-        if self._worker is None:
-            return
-        self._monitor.count(f"{_kind(msg)} received")
-        if self._inbox.put_request(msg):
-            self._report(
-                _kind(msg), "more pokes and queries wait than can be kept, dropped the oldest"
-            )
+    def _on_command(self, kind: str, msg: PokeArray | QueryArray) -> None:
+        if self._worker is not None and self._worker.running:
+            self._monitor.count(f"{kind} received")
+            self._worker.put(Request(kind, msg))
 
-    # --------------------------------------------------------------------------------- worker
-
-    def _work(self) -> None:
-        while (batch := self._inbox.take(IMAGE_WAIT_S if self._waiting else None)) is not None:
-            try:
-                self._process(batch)
-            except Exception as error:  # a defect or a device's failure; the next image may do
-                if not self.context.ok():
-                    return
-                self._report("internal", f"{type(error).__name__}: {error}")
-                self.get_logger().debug(traceback.format_exc())
-
-    def _process(self, batch: Batch) -> None:
-        # First the image: standing pokes that came with it are meant for it, not the one before.
-        if batch.image is not None:
-            self._unread = batch.image
-        self._waiting += batch.requests  # which must outlast a failure to encode
-        new = None
-        if self._unread is not None and self._listened():
-            image, self._unread = self._unread, None
-            new = self._encode(image)
-
-        answer_newest = batch.woken or new is not None
-        named: list[HeldImage] = []
-        requests, self._waiting = self._waiting, []
-        for request in requests:
-            if _stamp_ns(request.msg.header) == 0:
-                size = self._held[-1].view.size if self._held and self._unread is None else None
-                answer_newest |= self._accept(request.msg, self._standing, size)
-            elif (held := self._find(request)) is not None and self._accept(
-                request.msg, held.named, held.view.size
-            ):
-                named.append(held)
-
-        for held in self._held:
-            newest = held is self._held[-1]
-            if held in named or (newest and answer_newest and not self._too_old(held.header)):
-                self._answer(held)
-        if new is not None and _stamp_ns(new.header):
-            self._monitor.time("image to answer", self._age_ms(new.header))
-
-    def _encode(self, msg: Image) -> HeldImage | None:
-        """Read, encode and hold an image; None when it was refused."""
-        if self._too_old(msg.header):
-            self._monitor.count("images dropped: too old")
-            if self._monitor.due("old image"):
-                self.get_logger().warning(
-                    f"dropped an image {self._age_ms(msg.header):.0f} ms old, max_age_ms is "
-                    f"{self._value('max_age_ms'):g}; are the clocks of camera and node the same "
-                    "(use_sim_time)?"
-                )
-            return None
-        try:
-            with self._monitor.stage("convert"):
-                pixels = image_to_rgb(msg)
-        except ImageError as error:
-            self._report("image", str(error))
-            return None
-        with self._monitor.stage("encode"):
-            scene = self._model.encode(pixels)
-        held = HeldImage(msg.header, View(pixels, scene), Conditions())
-        self._held.append(held)
-        return held
-
-    def _accept(
-        self, msg: PokeArray | QueryArray, conditions: Conditions, size: tuple[int, int] | None
-    ) -> bool:
-        """Put valid pokes or queries in force; False, and nothing is changed, for others."""
-        try:
-            if isinstance(msg, PokeArray):
-                pokes = pokes_from_msg(msg, self._value("max_pokes"))
-                if size is not None:
-                    check_inside("poke", pokes.xy, size)
-                conditions.pokes = pokes
-            else:
-                queries = queries_from_msg(msg)
-                if size is not None:
-                    check_inside("query", queries, size)
-                conditions.queries = queries if len(queries) else None
-        except RequestError as error:
-            self._report(_kind(msg), str(error))
-            return False
-        return True
-
-    def _find(self, request: Request) -> HeldImage | None:
-        """The held image that a request names; without one the request waits or is refused."""
-        stamp_ns = _stamp_ns(request.msg.header)
-        for held in reversed(self._held):  # a bag that loops repeats its stamps
-            if _stamp_ns(held.header) == stamp_ns:
-                return held
-        newest_ns = _stamp_ns(self._held[-1].header) if self._held else 0
-        on_its_way = stamp_ns > newest_ns
-        if on_its_way and time.monotonic() - request.arrived_s < IMAGE_WAIT_S:
-            self._waiting.append(request)
-            return None
-        have = f"{len(self._held)} are held"
-        if self._held:
-            have += f", from {_seconds(_stamp_ns(self._held[0].header))} to {_seconds(newest_ns)}"
-        self._report(
-            _kind(request.msg),
-            f"the image with stamp {_seconds(stamp_ns)} that they name is not held; {have}",
-        )
-        return None
-
-    def _answer(self, held: HeldImage) -> None:
-        """Publish all outputs that somebody subscribes to."""
-        asked = held.named
-        pokes = self._standing.pokes if asked.pokes is None else asked.pokes
-        try:
-            answer = Answer(
-                self._model,
-                held.view,
-                Pokes() if pokes is None else pokes,
-                self._standing.queries if asked.queries is None else asked.queries,
-                self._settings(),
-                self._monitor.stage,
-            )
-        except RequestError as error:  # standing ones, when the image's size has changed
-            self._report("standing", f"no answer: {error}; send new ones, or an empty array")
-            return
-        for publisher, build in self._outputs:
-            if self._inbox.closed:  # whoever waits for the end need not wait for all outputs
-                return
-            if publisher.get_subscription_count():
-                msg = build(answer, held.header)
-                with self._monitor.stage("publish"):
-                    publisher.publish(msg)
-        self._monitor.count("answers")
+    def _on_camera_info(self, msg: CameraInfo) -> None:
+        self._camera_info = msg
 
     def _distribution(self, answer: Answer, header: Header) -> FlowDistribution:
         config = self._model.config
@@ -540,50 +435,112 @@ class FptNode(LifecycleNode):
             config.horizon_s,
         )
 
+    def _mark(self, answer: Answer, header: Header) -> MarkerArray:
+        mixture = answer.distribution  # a stage of its own
+        with self._monitor.stage("mark"):
+            plane = Plane.of(self._camera_info, answer.view.size)
+            return self._markers.update(
+                answer.pokes,
+                answer.queries,
+                mixture,
+                plane,
+                header,
+                self._value("marker_lifetime_s"),
+            )
+
+    def _model_info(self) -> ModelInfo:
+        config = self._model.config
+        return ModelInfo(
+            model_name=config.name,
+            licence=config.licence,
+            dims=config.flow_dim,
+            components=config.components,
+            horizon_s=config.horizon_s,
+            kl_threshold=config.kl_threshold,
+            image_size=config.image_size,
+        )
+
     @property
     def _model(self) -> FlowPredictor:
-        assert self._predictor is not None, "the worker runs only while configured"
+        assert self._predictor is not None, "there are topics only while configured"
         return self._predictor
 
-    def _listened(self) -> bool:
-        return any(publisher.get_subscription_count() for publisher, _ in self._outputs)
+    # ---------------------------------------------------------------------- services and action
 
-    def _age_ms(self, header: Header) -> float:
-        return (self.get_clock().now().nanoseconds - _stamp_ns(header)) / 1e6
+    async def _serve(self, kind: str, request: Any, response: Any) -> Any:
+        answer = await self._ask(Request(kind, request))
+        if isinstance(answer, RequestError):
+            response.message = str(answer)
+            return response
+        answer.success = True
+        return answer
 
-    def _too_old(self, header: Header) -> bool:
-        limit = self._value("max_age_ms")
-        unstamped = _stamp_ns(header) == 0
-        return limit > 0 and not unstamped and self._age_ms(header) > limit
+    async def _sample_flow(self, goal: ServerGoalHandle) -> SampleFlow.Result:
+        told_s = float("-inf")
+
+        def tell(feedback: SampleFlow.Feedback) -> None:
+            nonlocal told_s
+            if time.monotonic() - told_s >= FEEDBACK_PERIOD_S or feedback.done == feedback.count:
+                told_s = time.monotonic()
+                goal.publish_feedback(feedback)
+
+        answer = await self._ask(
+            Request(ACTION, goal.request, progress=tell, cancelled=lambda: goal.is_cancel_requested)
+        )
+        if not isinstance(answer, RequestError):
+            goal.succeed()
+            return answer
+        if goal.is_cancel_requested:
+            goal.canceled()
+        else:
+            goal.abort()
+        return SampleFlow.Result(message=str(answer))
+
+    async def _ask(self, request: Request) -> Any | RequestError:
+        """The worker's response to a request, or the reason why there is none."""
+        self._monitor.count(f"{request.kind} received")
+        if self._worker is None or not self._worker.running:
+            reason = RequestError(f"the node is {self._state}, expected active")
+            self._monitor.error(request.kind, str(reason))
+            return reason
+        future = Future()
+
+        def done(answer: Any) -> None:
+            future.set_result(answer)
+            if self.executor is not None:
+                self.executor.wake()  # it looks at what awaits only when something happens
+
+        request.done = done
+        self._worker.put(request)
+        return await future
 
     # ------------------------------------------------------------------------------ reporting
 
-    def _report(self, kind: str, text: str) -> None:
-        """Count an error, and log it unless the same kind was logged just now."""
-        self._monitor.error(kind, text)
-        if self._monitor.due(kind):
-            self.get_logger().error(f"{kind}: {text}")
+    @property
+    def _state(self) -> str:
+        return str(self._state_machine.current_state[1])
+
+    def _publish_latency(self, name: str, duration_ms: float) -> None:
+        publisher = self._latencies.get(name)
+        if publisher is not None and publisher.get_subscription_count():
+            publisher.publish(Float64(data=duration_ms))
+
+    def _watch(self) -> None:
+        while not self._ending.wait(self._value("diagnostics_period_s")):
+            try:
+                self._publish_diagnostics()
+            except Exception:
+                if self.context.ok():  # else ROS has ended in between
+                    raise
 
     def _publish_diagnostics(self) -> None:
         facts = {"model": str(self._value("model"))}
         for what, active in self._active_backend().items():
             facts |= {f"{what} requested": str(self._value(what)), f"{what} active": active}
         name = self.get_fully_qualified_name()
-        state = self._state_machine.current_state[1]
-        status = self._monitor.status(f"{name.lstrip('/')}: inference", name, state, facts)
+        status = self._monitor.status(
+            f"{name.lstrip('/')}: inference", name, self._state, facts, self._value("stuck_after_s")
+        )
         msg = DiagnosticArray(status=[status])
         msg.header.stamp = self.get_clock().now().to_msg()
         self._diagnostics.publish(msg)
-
-
-def _stamp_ns(header: Header) -> int:
-    return int(header.stamp.sec) * 1_000_000_000 + int(header.stamp.nanosec)
-
-
-def _seconds(stamp_ns: int) -> str:
-    """Exact, unlike a float."""
-    return f"{stamp_ns // 1_000_000_000}.{stamp_ns % 1_000_000_000:09d} s"
-
-
-def _kind(msg: PokeArray | QueryArray) -> str:
-    return "pokes" if isinstance(msg, PokeArray) else "queries"

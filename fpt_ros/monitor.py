@@ -1,32 +1,58 @@
 # SPDX-License-Identifier: MIT
-"""Counts, times and the last error of a running node, and their `/diagnostics` status."""
+"""Counts, times, the stage at work and the last error of a running node; its diagnostics status."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import Lock
 
 from diagnostic_msgs.msg import DiagnosticStatus, KeyValue
+from rclpy.impl.rcutils_logger import RcutilsLogger
 
-_WINDOW = 100  # latest durations of a stage that its figures are taken over
+STAGES = (
+    "convert",  # image message to pixels
+    "encode",
+    "predict",  # the distribution of the queries
+    "dense",  # the distributions of the grid
+    "flow",
+    "influence",
+    "draw",
+    "mark",
+    "evaluate",  # a part of the hypotheses of EvaluatePokes
+    "sample",  # a query of SampleFlow
+    "publish",
+)
+"""The steps of the node's work."""
+
+TIMES = (*(f"{stage} time" for stage in STAGES), "processing time", "pipeline latency")
+"""What is timed: each stage, all of them for one image, and from its stamp to its last output."""
+
+_WINDOW = 100  # latest times that the figures are taken over
 _LOG_INTERVAL_S = 1.0  # between two log lines about the same kind of error
 _SILENCE_S = 2.0  # without an image, after which that is worth a warning
 
 
 class Monitor:
-    """Collects what an operator wants to know. Safe to use from several threads."""
+    """Collects what an operator wants to know. Safe to use from several threads.
 
-    def __init__(self) -> None:
+    Args:
+        logger: of errors and warnings.
+        on_time: called with the name (of TIMES) and the milliseconds of everything timed.
+    """
+
+    def __init__(self, logger: RcutilsLogger, on_time: Callable[[str, float], None]) -> None:
+        self._logger, self._on_time = logger, on_time
         self._lock = Lock()
         self._counts: Counter[str] = Counter()
         self._reported: Counter[str] = Counter()  # counts at the last status
-        self._times_ms: dict[str, deque[float]] = {}
+        self._times_ms: dict[str, deque[float]] = {name: deque(maxlen=_WINDOW) for name in TIMES}
         self._logged_at: dict[str, float] = {}
         self._image_at = -math.inf
+        self._at_work: dict[str, float] = {}  # stages, and when they began
         self._last_error = ""
         self._failure = ""
 
@@ -41,69 +67,84 @@ class Monitor:
         self._image_at = time.monotonic()
 
     def error(self, kind: str, text: str) -> None:
-        """Count an error of a kind and remember its text."""
+        """Count and remember an error; log it unless the same kind was logged just now."""
         with self._lock:
             self._counts[f"errors: {kind}"] += 1
             self._last_error = f"{kind}: {text}"
+            due = self._due(kind)
+        if due:
+            self._logger.error(f"{kind}: {text}")
 
-    def due(self, kind: str) -> bool:
-        """Whether it is time to log about ``kind`` (again), which is then taken as done."""
-        now = time.monotonic()
+    def warn(self, kind: str, text: str) -> None:
+        """Log a warning unless the same kind was logged just now."""
         with self._lock:
-            due = now - self._logged_at.get(kind, -math.inf) >= _LOG_INTERVAL_S
-            if due:
-                self._logged_at[kind] = now
-            return due
+            due = self._due(kind)
+        if due:
+            self._logger.warning(text)
 
     def fail(self, text: str) -> None:
         """Remember why the node cannot work at all; empty when it can again."""
         with self._lock:
             self._failure = text
 
-    def time(self, stage: str, duration_ms: float) -> None:
-        """Record a duration of a stage."""
+    def time(self, name: str, duration_ms: float) -> None:
+        """Record a duration of TIMES."""
         with self._lock:
-            self._times_ms.setdefault(stage, deque(maxlen=_WINDOW)).append(duration_ms)
+            self._times_ms[name].append(duration_ms)
+        self._on_time(name, duration_ms)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Record how long the body takes."""
-        start = time.perf_counter()
+        """Record how long the body takes, a stage of STAGES; meanwhile it counts as at work."""
+        start = time.monotonic()
+        with self._lock:
+            self._at_work[name] = start
         try:
             yield
         finally:
-            self.time(name, 1e3 * (time.perf_counter() - start))
+            with self._lock:
+                del self._at_work[name]
+        self.time(f"{name} time", 1e3 * (time.monotonic() - start))
 
     def status(
-        self, name: str, hardware_id: str, state: str, facts: dict[str, str]
+        self, name: str, hardware_id: str, state: str, facts: dict[str, str], stuck_after_s: float
     ) -> DiagnosticStatus:
         """What happened since the last status.
 
-        ERROR when the node cannot work, WARN when it is not active, hears no camera, or refused or
-        dropped something. The values are ``facts``, all counters, and the times of each stage.
+        ERROR when the node cannot work, or a stage has been at work for longer than
+        ``stuck_after_s``; WARN when it is not active, hears no camera, or refused or dropped
+        something. The values are ``facts``, all counters, and the times, "n/a" before the first.
         """
+        now = time.monotonic()
         with self._lock:
             new = self._counts - self._reported
             self._reported = self._counts.copy()
             errors = sum(n for what, n in new.items() if what.startswith("errors"))
             old = new["images dropped: too old"]
+            stage, began = min(self._at_work.items(), key=lambda x: x[1], default=("", now))
             level, message = DiagnosticStatus.WARN, ""
             if self._failure:
                 level, message = DiagnosticStatus.ERROR, self._failure
+            elif now - began > stuck_after_s:
+                level = DiagnosticStatus.ERROR
+                message = f"stuck: {stage} has been at work for {now - began:.1f} s"
             elif state != "active":
                 message = state
             elif errors:
                 message = f"{errors} errors; {self._last_error}"
             elif old:
                 message = f"{old} images dropped as too old"
-            elif time.monotonic() - self._image_at > _SILENCE_S:
+            elif now - self._image_at > _SILENCE_S:
                 message = "no image received; check topic and QoS"
             else:
                 level, message = DiagnosticStatus.OK, "answering"
             values = {"state": state, **facts}
             values.update((what, str(n)) for what, n in sorted(self._counts.items()))
-            for stage, times in self._times_ms.items():
-                values[f"{stage} time"] = f"{times[-1]:.1f} ms, mean {sum(times) / len(times):.1f}"
+            for what, times in self._times_ms.items():
+                values[what] = (
+                    f"{times[-1]:.1f} ms, mean {sum(times) / len(times):.1f}" if times else "n/a"
+                )
+            values["at work"] = f"{stage}, for {now - began:.1f} s" if stage else "n/a"
             values["last error"] = self._last_error or "none"
         return DiagnosticStatus(
             level=level,
@@ -112,3 +153,11 @@ class Monitor:
             hardware_id=hardware_id,
             values=[KeyValue(key=k, value=v) for k, v in values.items()],
         )
+
+    def _due(self, kind: str) -> bool:
+        """Whether it is time to log about ``kind`` (again), which is then taken as done."""
+        now = time.monotonic()
+        due = now - self._logged_at.get(kind, -math.inf) >= _LOG_INTERVAL_S
+        if due:
+            self._logged_at[kind] = now
+        return due

@@ -63,9 +63,24 @@ FPT_PARAMETERS: tuple[Spec, ...] = (
     ),
     Spec("threads", 0, "CPU threads of the model; 0: the backend's default.", 0, 256, fixed=True),
     Spec(
+        "image_transport",
+        "raw",
+        "What the camera's images are: raw, on image; or compressed, on image/compressed.",
+        choices=("raw", "compressed"),
+        fixed=True,
+    ),
+    Spec(
+        "image_history",
+        30,
+        "Images kept for requests that name one by its stamp.",
+        1,
+        1000,
+        fixed=True,
+    ),
+    Spec(
         "scene_history",
         8,
-        "Encoded images kept for pokes and queries that name an image by its stamp.",
+        "Encodings kept, of the images last asked about; they need far more memory than images.",
         1,
         1000,
         fixed=True,
@@ -102,7 +117,35 @@ FPT_PARAMETERS: tuple[Spec, ...] = (
     ),
     Spec("query_grid_height", 8, "Rows of query points while no queries are sent.", 1, 256),
     Spec("query_grid_width", 8, "Columns of query points while no queries are sent.", 1, 256),
-    Spec("max_pokes", 128, "Messages with more pokes than this are refused.", 1, 10000),
+    Spec(
+        "max_pokes",
+        128,
+        "Messages, requests and hypotheses with more pokes than this are refused.",
+        1,
+        10000,
+    ),
+    Spec(
+        "max_queries",
+        16384,
+        "Messages and requests with more queries than this are refused; each counts once for every "
+        "hypothesis or sample.",
+        1,
+        1000000,
+    ),
+    Spec(
+        "marker_lifetime_s",
+        1.0,
+        "Time after which RViz removes markers that were not renewed, s; 0: never.",
+        0.0,
+        3600.0,
+    ),
+    Spec(
+        "stuck_after_s",
+        5.0,
+        "A stage at work for longer than this is reported as stuck, s.",
+        0.1,
+        3600.0,
+    ),
     Spec("diagnostics_period_s", 1.0, "Time between diagnostics, s.", 0.1, 60.0, read_only=True),
 )
 """Of the FPT node."""
@@ -117,10 +160,10 @@ def _descriptor(spec: Spec) -> ParameterDescriptor:
     descriptor = ParameterDescriptor(
         name=spec.name, description=spec.description, read_only=spec.read_only
     )
+    constraints = [f"One of {', '.join(spec.choices)}."] if spec.choices else []
     if spec.fixed:
-        descriptor.additional_constraints = "Can be changed only while the node is unconfigured."
-    if spec.choices:
-        descriptor.additional_constraints = f"One of {', '.join(spec.choices)}."
+        constraints.append("Can be changed only while the node is unconfigured.")
+    descriptor.additional_constraints = " ".join(constraints)
     if isinstance(spec.default, float):
         descriptor.floating_point_range = [
             FloatingPointRange(from_value=spec.minimum, to_value=spec.maximum)

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: MIT
-"""What the node answers, without ROS: everything about one image under one set of pokes, in pixels.
+"""What the node answers, without ROS: everything about one image, in pixels.
 
-Each product is computed on first use and then kept, so that a caller pays for what it publishes and
-products share their common parts (flow and influence come from one dense prediction).
+:class:`Answer` is about one set of pokes. Each of its products is computed on first use and then
+kept, so that a caller pays for what it publishes and products share their common parts (flow and
+influence come from one dense prediction). What takes long is a generator, between whose steps the
+caller can do something else: many hypothetical pokes, and joint samples.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,7 +34,11 @@ from fpt_ros.pokes import Pokes, check_inside
 MAX_DRAWN_QUERIES = 32
 """The overlay draws at most this many queries, evenly picked: drawing costs 5 ms a query."""
 
+HYPOTHESES_AT_ONCE = 64
+"""Of hypothetical pokes this many go through the model together: bounds the memory."""
+
 Stage = Callable[[str], AbstractContextManager[None]]
+"""Called with a stage's name, gives the context in which the stage runs (for timing)."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,21 @@ class View:
         """(height, width) in px."""
         return self.scene.height, self.scene.width
 
+    def query_grid(self, settings: Settings) -> NDArray[np.float64]:
+        """The points ``[Q, 2]`` in px that are asked for when nobody named any."""
+        return normalised_to_pixels(grid(settings.query_grid), self.size)
+
+    def normalised(self, pokes: Pokes) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Positions and displacements of pokes as the predictor takes them."""
+        return (
+            pixels_to_normalised(pokes.xy, self.size),
+            displacement_pixels_to_normalised(pokes.flow, self.size),
+        )
+
+    def in_pixels(self, mixture: FlowMixture) -> FlowMixture:
+        """A prediction as the predictor gives it, in px."""
+        return mixture.scaled(*displacement_normalised_to_pixels((1.0, 1.0), self.size))
+
 
 class Answer:
     """All products for one image, one set of pokes and one set of queries.
@@ -66,7 +87,7 @@ class Answer:
     Args:
         pokes: in px; none gives what might happen by itself.
         queries: ``[Q, 2]`` px; None takes the grid of the settings.
-        stage: called with a stage's name, gives the context in which the stage runs (for timing).
+        stage: context of each stage.
 
     Raises:
         RequestError: when a poke or a query lies outside the image.
@@ -83,7 +104,7 @@ class Answer:
     ) -> None:
         self._drawn = 0 if queries is None else min(len(queries), MAX_DRAWN_QUERIES)
         if queries is None:
-            queries = normalised_to_pixels(grid(settings.query_grid), view.size)
+            queries = view.query_grid(settings)
         check_inside("poke", pokes.xy, view.size)
         check_inside("query", queries, view.size)
         self.view, self.pokes, self.queries = view, pokes, queries
@@ -94,7 +115,7 @@ class Answer:
         """The motion ``[Q]`` of each query, px."""
         with self._stage("predict"):
             positions = pixels_to_normalised(self.queries, self.view.size)
-            return self._in_pixels(self._predict(positions))
+            return self.view.in_pixels(self._predict(positions))
 
     @cached_property
     def flow(self) -> NDArray[np.float32]:
@@ -102,7 +123,7 @@ class Answer:
         dense = self._dense  # a stage of its own
         with self._stage("flow"):
             # in px before it is reduced: the least expected error depends on the unit of the axes
-            flow = self._in_pixels(dense).reduce(self._settings.flow_reduce)
+            flow = self.view.in_pixels(dense).reduce(self._settings.flow_reduce)
         return self._resized(flow.reshape(*self._settings.dense_size, 2))
 
     @cached_property
@@ -122,10 +143,18 @@ class Answer:
     @cached_property
     def mask(self) -> NDArray[np.bool_]:
         """The part ``[h, w]`` that moves with the pokes: influence above the threshold."""
+        return self.influence > self.kl_threshold
+
+    @property
+    def kl_threshold(self) -> float:
+        """That of the mask, nats."""
         threshold = self._settings.kl_threshold_nats
-        return self.influence > (
-            self._predictor.config.kl_threshold if threshold is None else threshold
-        )
+        return self._predictor.config.kl_threshold if threshold is None else threshold
+
+    @property
+    def mask_image(self) -> NDArray[np.uint8]:
+        """The mask as 255 and 0."""
+        return np.where(self.mask, np.uint8(255), np.uint8(0))
 
     @cached_property
     def flow_color(self) -> NDArray[np.uint8]:
@@ -159,14 +188,10 @@ class Answer:
         with self._stage("dense"):
             return self._predict(grid(self._settings.dense_size))
 
-    def _in_pixels(self, mixture: FlowMixture) -> FlowMixture:
-        return mixture.scaled(*displacement_normalised_to_pixels((1.0, 1.0), self.view.size))
-
     def _predict(self, positions: NDArray[np.float64]) -> FlowMixture:
         return self._predictor.predict(
             self.view.scene,
-            pixels_to_normalised(self.pokes.xy, self.view.size),
-            displacement_pixels_to_normalised(self.pokes.flow, self.view.size),
+            *self.view.normalised(self.pokes),
             positions,
             self._settings.camera_static,
         )
@@ -179,3 +204,63 @@ class Answer:
         height, width = self.view.size
         # both are sampled at cell centres over the whole image, which is cv2.resize's convention
         return np.asarray(cv2.resize(field, (width, height), interpolation=cv2.INTER_LINEAR))
+
+
+def predict_hypotheses(
+    predictor: FlowPredictor,
+    view: View,
+    hypotheses: Sequence[Pokes],
+    queries: NDArray[np.float64],
+    settings: Settings,
+    stage: Stage = lambda name: nullcontext(),
+) -> Generator[int, None, list[FlowMixture]]:
+    """The motion ``[Q]`` of ``queries [Q, 2]`` under each of many sets of pokes, all in px.
+
+    Yields how many hypotheses are done. Positions are not checked to lie in the image.
+    """
+    positions = pixels_to_normalised(queries, view.size)
+    mixtures: dict[int, FlowMixture] = {}
+    for count in sorted({len(pokes) for pokes in hypotheses}):  # the model takes one number at once
+        same = [i for i, pokes in enumerate(hypotheses) if len(pokes) == count]
+        for first in range(0, len(same), HYPOTHESES_AT_ONCE):
+            chunk = same[first : first + HYPOTHESES_AT_ONCE]
+            with stage("evaluate"):
+                pos, flow = zip(*(view.normalised(hypotheses[i]) for i in chunk), strict=True)
+                predicted = predictor.predict_batch(
+                    view.scene, np.stack(pos), np.stack(flow), positions, settings.camera_static
+                )
+            mixture = view.in_pixels(predicted)
+            mixtures.update((i, mixture[row]) for row, i in enumerate(chunk))
+            yield len(mixtures)
+    return [mixtures[i] for i in range(len(hypotheses))]
+
+
+def sample_jointly(
+    predictor: FlowPredictor,
+    view: View,
+    pokes: Pokes,
+    queries: NDArray[np.float64],
+    samples: int,
+    seed: int,
+    settings: Settings,
+    stage: Stage = lambda name: nullcontext(),
+) -> Generator[int, None, NDArray[np.float64]]:
+    """Coherent futures ``[S, Q, 2]`` of ``queries [Q, 2]``, all in px.
+
+    Yields how many queries are drawn. Positions are not checked to lie in the image.
+    """
+    steps = predictor.sample_stepwise(
+        view.scene,
+        *view.normalised(pokes),
+        pixels_to_normalised(queries, view.size),
+        samples,
+        seed,
+        camera_static=settings.camera_static,
+    )
+    while True:
+        try:
+            with stage("sample"):
+                done = next(steps)
+        except StopIteration as end:
+            return displacement_normalised_to_pixels(end.value, view.size)
+        yield done

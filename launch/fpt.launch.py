@@ -35,7 +35,7 @@ def fpt_node(context: LaunchContext) -> list[Node]:
             name="fpt",
             namespace=LaunchConfiguration("namespace"),
             parameters=[LaunchConfiguration("params_file"), given],
-            remappings=[("image", LaunchConfiguration("image"))],
+            remappings=[(name, LaunchConfiguration(name)) for name in ("image", "camera_info")],
             arguments=["--ros-args", "--log-level", ["fpt:=", LaunchConfiguration("log_level")]],
             output="screen",
             emulate_tty=True,
@@ -51,6 +51,11 @@ def generate_launch_description() -> LaunchDescription:
             ),
             DeclareLaunchArgument(
                 "image", default_value="image", description="Topic of the camera's colour images."
+            ),
+            DeclareLaunchArgument(
+                "camera_info",
+                default_value="camera_info",
+                description="Topic of that camera's intrinsics, for the markers alone.",
             ),
             DeclareLaunchArgument(
                 "params_file", default_value=str(CONFIG), description="File of node parameters."

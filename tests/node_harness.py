@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import rclpy
 import torch
+from rclpy.action import ActionClient, get_action_server_names_and_types_by_node
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
 
@@ -72,6 +73,14 @@ def documented_topics(executable: str, node: str, namespace: str = "") -> set[To
         return name if name.startswith("/") else f"{namespace}/{name}"
 
     return {Topic(full(name), *others) for name, *others in rows}
+
+
+def documented_services(executable: str, node: str, namespace: str = "") -> set[tuple[str, str]]:
+    """Name and type of the services and actions that docs/messages.md says a node has."""
+    page = (ROOT / "docs" / "messages.md").read_text()
+    section = page.split(f"\n## {executable}\n")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| `~(\S+)` \| `(\S+/(?:srv|action)/\S+)` \|", section, re.MULTILINE)
+    return {(f"{namespace}/{node}{name}", kind) for name, kind in rows}
 
 
 class Process:
@@ -162,6 +171,7 @@ class Client:
         self._thread.start()
         self.received: dict[str, list[Any]] = {}
         self._publishers: dict[str, Any] = {}
+        self._actions: dict[str, ActionClient] = {}
 
     def __enter__(self) -> Client:
         return self
@@ -170,6 +180,8 @@ class Client:
         self._closing.set()  # nothing may be destroyed under a thread that waits on it
         self._thread.join()
         self._executor.shutdown()
+        for action in self._actions.values():
+            action.destroy()
         self.node.destroy_node()
         rclpy.shutdown(context=self._context)
 
@@ -222,7 +234,11 @@ class Client:
                         words = ("reliable" if reliable else "best effort") + ", latched" * latched
                         kind = info.topic_type.replace("/msg/", "/")
                         found.add(Topic(name, direction, kind, words))
-        return {topic for topic in found if not topic.name.endswith(_OF_EVERY_NODE)}
+        return {
+            topic
+            for topic in found
+            if not topic.name.endswith(_OF_EVERY_NODE) and "/_action/" not in topic.name
+        }
 
     def call(self, srv_type: type, name: str, request: Any, timeout_s: float = 30.0) -> Any:
         """Call a service; returns its response."""
@@ -232,6 +248,33 @@ class Client:
         wait_until(future.done, timeout_s, lambda: f"{name} did not answer")
         self.node.destroy_client(client)
         return future.result()
+
+    def send_goal(
+        self,
+        action_type: type,
+        name: str,
+        goal: Any,
+        feedback: Callable[[Any], None] = lambda msg: None,
+    ) -> Any:
+        """Send an action's goal; returns its handle when the server has accepted it."""
+        if name not in self._actions:
+            self._actions[name] = ActionClient(self.node, action_type, name)
+        assert self._actions[name].wait_for_server(30.0), f"no action {name}"
+        future = self._actions[name].send_goal_async(goal, lambda msg: feedback(msg.feedback))
+        wait_until(future.done, explain=lambda: f"{name} did not answer")
+        assert future.result().accepted
+        return future.result()
+
+    def services_of(self, node: str, namespace: str = "/") -> set[tuple[str, str]]:
+        """Name and type of another node's services of ours and actions."""
+        services = self.node.get_service_names_and_types_by_node(node, namespace)
+        actions = get_action_server_names_and_types_by_node(self.node, node, namespace)
+        found = {(name, kind) for name, kinds in [*services, *actions] for kind in kinds}
+        return {
+            (name, kind)
+            for name, kind in found
+            if kind.startswith("fpt_msgs/") and "/_action/" not in name
+        }
 
     def publish(self, topic: str, msg: Any) -> None:
         """Publish on a topic that was advertised."""

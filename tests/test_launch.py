@@ -26,12 +26,15 @@ from fpt_ros.parameters import FPT_PARAMETERS, Spec
 from sim import camera_node
 
 LAUNCH_FILES = ("fpt.launch.py", "sim.launch.py")
-OUTPUT_TOPICS = {f"fpt/{name}" for name in ("overlay", "mask", "flow_color", "influence")}
+OUTPUT_TOPICS = {
+    f"fpt/{name}" for name in ("overlay", "mask", "flow_color", "influence", "markers")
+}
 RVIZ_CLASSES = {  # those of plugins_description.xml and the built-in panels that we use
     "rviz_common/Displays",
     "rviz_common/Time",
     "rviz_default_plugins/Image",
     "rviz_default_plugins/Interact",
+    "rviz_default_plugins/MarkerArray",
     "rviz_default_plugins/MoveCamera",
     "rviz_default_plugins/Orbit",
     "rviz_default_plugins/PublishPoint",
@@ -108,7 +111,14 @@ def test_launch_arguments_are_described(file: str) -> None:
     for argument in arguments.values():
         assert argument.description != "no description given", argument.name
         assert argument.description.endswith((".", "]")), argument.name  # "Valid choices are: []"
-    assert arguments.keys() >= {"namespace", "image", "params_file", "use_sim_time", "log_level"}
+    assert arguments.keys() >= {
+        "namespace",
+        "image",
+        "camera_info",
+        "params_file",
+        "use_sim_time",
+        "log_level",
+    }
     for spec in FPT_PARAMETERS:
         assert arguments[spec.name].description.startswith(spec.description)
 

@@ -12,15 +12,15 @@ from node_harness import ROOT
 from std_msgs.msg import Header
 
 from fpt_model import FlowMixture
-from fpt_msgs.msg import Poke, PokeArray
+from fpt_msgs.msg import Poke
 from fpt_ros.images import flat_array
 from fpt_ros.messages import (
     distribution_from_msg,
     distribution_to_msg,
-    pokes_from_msg,
     pokes_to_msg,
-    queries_from_msg,
     queries_to_msg,
+    read_pokes,
+    read_queries,
 )
 from fpt_ros.pokes import Pokes, RequestError, check_inside
 
@@ -32,13 +32,13 @@ def test_pokes_round_trip() -> None:
     msg = pokes_to_msg(pokes, Header(frame_id="camera"))
     assert msg.header.frame_id == "camera"
     assert all(np.isnan(p.dz) for p in msg.pokes)
-    again = pokes_from_msg(msg)
+    again = read_pokes(msg.pokes)
     np.testing.assert_array_equal(again.xy, pokes.xy)
     np.testing.assert_array_equal(again.flow, pokes.flow)
 
 
 def test_no_pokes() -> None:
-    pokes = pokes_from_msg(PokeArray())
+    pokes = read_pokes([])
     assert len(pokes) == 0
     assert pokes.xy.shape == pokes.flow.shape == (0, 2)
 
@@ -48,17 +48,18 @@ def test_poke_must_be_finite(field: str, value: float) -> None:
     bad = Poke(x=1.0, y=2.0, dx=3.0, dy=4.0)
     setattr(bad, field, value)
     with pytest.raises(RequestError, match=f"poke 1 of 2 .*{field}={value:g}"):
-        pokes_from_msg(PokeArray(pokes=[Poke(), bad]))
+        read_pokes([Poke(), bad])
 
 
 def test_too_many_pokes() -> None:
     with pytest.raises(RequestError, match="received 3 pokes, expected at most 2"):
-        pokes_from_msg(PokeArray(pokes=[Poke()] * 3), max_pokes=2)
+        read_pokes([Poke()] * 3, max_pokes=2)
 
 
 def test_queries_round_trip() -> None:
     xy = np.array([[0.0, 1.0], [2.5, 3.0]])
-    np.testing.assert_array_equal(queries_from_msg(queries_to_msg(xy, Header())), xy)
+    np.testing.assert_array_equal(read_queries(queries_to_msg(xy, Header()).xy), xy)
+    assert read_queries(queries_to_msg(np.zeros((0, 2)), Header()).xy) is None
 
 
 @pytest.mark.parametrize(
@@ -66,10 +67,13 @@ def test_queries_round_trip() -> None:
     [([1.0, 2.0, 3.0], "3 values"), ([0.0, 0.0, 1.0, NAN], "query 1 of 2.*nan")],
 )
 def test_bad_queries(values: list[float], words: str) -> None:
-    msg = queries_to_msg(np.zeros((0, 2)), Header())
-    msg.xy = flat_array("f", np.array(values, np.float32))
     with pytest.raises(RequestError, match=words):
-        queries_from_msg(msg)
+        read_queries(flat_array("f", np.array(values, np.float32)))
+
+
+def test_too_many_queries() -> None:
+    with pytest.raises(RequestError, match="received 3 queries, expected at most 2"):
+        read_queries(flat_array("f", np.zeros(6, np.float32)), max_queries=2)
 
 
 def test_the_border_is_inside_and_beyond_is_named() -> None:

@@ -90,7 +90,7 @@ def imported_modules(file: Path) -> set[str]:
 # What package.xml calls an imported module, where that is not the module's own name.
 ROSDEP_KEYS = {"cv2": "python3-opencv"} | {
     module: f"python3-{module}"
-    for module in ("matplotlib", "numpy", "pytest", "rich", "tqdm", "typer", "yaml")
+    for module in ("hypothesis", "matplotlib", "numpy", "pytest", "rich", "tqdm", "typer", "yaml")
 }
 PIP_ONLY = {  # see the extras of setup.py
     *("mujoco", "onnx", "onnxruntime", "onnxscript", "safetensors", "timm", "torch", "webdataset")

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: MIT
+"""The images that a request can name, and the encodings of those that were asked about."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+from sensor_msgs.msg import CompressedImage, Image
+from std_msgs.msg import Header
+
+from fpt_ros.images import ImageError
+from fpt_ros.pipeline import View
+from fpt_ros.pokes import Pokes
+
+
+def stamp_ns(header: Header) -> int:
+    """A header's stamp in nanoseconds."""
+    return int(header.stamp.sec) * 1_000_000_000 + int(header.stamp.nanosec)
+
+
+def format_stamp(ns: int) -> str:
+    """Nanoseconds as seconds, exactly, unlike a float."""
+    return f"{ns // 1_000_000_000}.{ns % 1_000_000_000:09d} s"
+
+
+@dataclass
+class Conditions:
+    """What is asked of an image, px; None: nothing was sent."""
+
+    pokes: Pokes | None = None
+    queries: NDArray[np.float64] | None = None
+
+
+@dataclass(eq=False)
+class HeldImage:
+    """An image, the pokes and queries that named it, and its encoding once it was needed."""
+
+    msg: Image | CompressedImage
+    named: Conditions = field(default_factory=Conditions)
+    view: View | None = None
+    error: str = ""  # why it cannot be read
+
+    @property
+    def header(self) -> Header:
+        """That of the message."""
+        return self.msg.header
+
+
+class ImageHistory:
+    """The last ``images`` images, and the last ``scenes`` that were encoded.
+
+    An encoding takes far more memory than an image, hence two limits. An image is encoded when it
+    is first asked about, and once, as long as its encoding is kept.
+    """
+
+    def __init__(self, images: int, scenes: int) -> None:
+        self._latest: deque[HeldImage] = deque(maxlen=images)
+        self._encoded: deque[HeldImage] = deque()
+        self._scenes = scenes
+
+    def __len__(self) -> int:
+        return len(self._all())
+
+    def add(self, msg: Image | CompressedImage) -> HeldImage:
+        """Hold an image as the newest."""
+        self._latest.append(HeldImage(msg))
+        return self._latest[-1]
+
+    @property
+    def newest(self) -> HeldImage | None:
+        """The image that came last."""
+        return self._latest[-1] if self._latest else None
+
+    def find(self, ns: int) -> HeldImage | None:
+        """The image with this stamp; of several (a bag that loops repeats them) the newest."""
+        return next((held for held in self._all() if stamp_ns(held.header) == ns), None)
+
+    def describe(self) -> str:
+        """How many images there are, and of which time."""
+        stamps = [stamp_ns(held.header) for held in self._all()]
+        if not stamps:
+            return "none is held"
+        return f"{len(stamps)} are held, from {format_stamp(min(stamps))} to " + format_stamp(
+            max(stamps)
+        )
+
+    def view(self, held: HeldImage, encode: Callable[[Image | CompressedImage], View]) -> View:
+        """The image with its encoding, made now if need be.
+
+        Raises:
+            ImageError: it cannot be read; also on every further try, which costs nothing.
+        """
+        if held.error:
+            raise ImageError(held.error)
+        if held.view is None:
+            try:
+                held.view = encode(held.msg)
+            except ImageError as error:
+                held.error = str(error)
+                raise
+            self._encoded.append(held)
+            if len(self._encoded) > self._scenes:
+                self._encoded.popleft().view = None
+        return held.view
+
+    def _all(self) -> list[HeldImage]:
+        """Newest first; the encoded ones may be older than the latest."""
+        return list(dict.fromkeys([*reversed(self._latest), *reversed(self._encoded)]))

@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: MIT
+"""Pokes and predicted modes as markers for RViz, in the optical frame of the image.
+
+A pixel lies on its ray at a depth of 1 m, with the camera's intrinsics where `camera_info` tells
+them: in RViz's Camera display the markers then cover what they are about. Otherwise with those of a
+nominal camera, see :meth:`Plane.nominal`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from geometry_msgs.msg import Point, Pose, Quaternion, Vector3
+from numpy.typing import ArrayLike, NDArray
+from rclpy.duration import Duration
+from sensor_msgs.msg import CameraInfo
+from std_msgs.msg import ColorRGBA, Header
+from visualization_msgs.msg import Marker, MarkerArray
+
+from fpt_model.mixture import FlowMixture
+from fpt_model.visualize import (
+    ELLIPSE_SIGMAS,
+    MIN_DRAWN_WEIGHT,
+    MODE_COLOUR,
+    POKE_COLOUR,
+    Colour,
+)
+from fpt_ros.pokes import Pokes, Size
+
+MAX_MARKED_QUERIES = 64
+"""Of more queries than this an even selection is marked."""
+
+MIN_ARROW_PX = 0.5
+"""Shorter motions get no arrow: RViz cannot orient it, and it would hide its ellipse."""
+
+DEPTH_M = 1.0
+"""Depth of all markers along the optical axis."""
+
+_SHAFT_PX, _HEAD_PX, _HEAD_LENGTH_PX = 2.0, 5.0, 6.0
+_ELLIPSE_OPACITY = 0.4  # of its mode's arrow
+_FLAT_M = 1e-3  # thickness of an ellipse
+
+
+@dataclass(frozen=True)
+class Plane:
+    """Pixels to metres on the plane at DEPTH_M: ``(pixel - centre) / focal * DEPTH_M``."""
+
+    focal: NDArray[np.float64]  # [2] px
+    centre: NDArray[np.float64]  # [2] px
+
+    @classmethod
+    def nominal(cls, size: Size) -> Plane:
+        """That of a camera as far from the plane as the image is wide (53 degrees), centred."""
+        height, width = size
+        return cls(np.array([width, width], float), np.array([width - 1, height - 1]) / 2)
+
+    @classmethod
+    def of(cls, info: CameraInfo | None, size: Size) -> Plane:
+        """That of the rectified camera, as image_geometry takes it: the projection matrix P.
+
+        The nominal one where ``info`` is None, not calibrated, or about an image of another size.
+        """
+        if info is not None and (info.height, info.width) == size:
+            focal, centre = np.array([info.p[0], info.p[5]]), np.array([info.p[2], info.p[6]])
+            if np.isfinite([*focal, *centre]).all() and (focal > 0).all():
+                return cls(focal, centre)
+        return cls.nominal(size)
+
+    def point(self, xy: ArrayLike) -> Point:
+        """Where a pixel lies."""
+        x, y = (np.asarray(xy) - self.centre) / self.focal * DEPTH_M
+        return Point(x=float(x), y=float(y), z=DEPTH_M)
+
+    def length(self, px: float) -> float:
+        """About how long a length in px is, m."""
+        return float(px / self.focal.mean() * DEPTH_M)
+
+
+class Markers:
+    """Makes the markers of one answer after the other, and remembers which are on display.
+
+    Namespaces ``pokes`` (arrows), ``modes`` (an arrow for each query and component, opacity = its
+    weight) and ``covariances`` (its ellipse of ELLIPSE_SIGMAS standard deviations). An id stays
+    with its poke, or its query and component: ``query * components + component``.
+    """
+
+    def __init__(self) -> None:
+        self._shown: set[tuple[str, int]] = set()
+
+    def update(
+        self,
+        pokes: Pokes,
+        queries: NDArray[np.float64],
+        mixture: FlowMixture,
+        plane: Plane,
+        header: Header,
+        lifetime_s: float,
+    ) -> MarkerArray:
+        """All markers of an answer, and the deletion of those no longer there.
+
+        Args:
+            pokes: in px.
+            queries: ``[Q, 2]`` px, and mixture ``[Q]``, their motion in px.
+            header: the image's.
+            lifetime_s: after which RViz removes what was not renewed; 0: never.
+        """
+        drawn = [
+            self._arrow("pokes", i, plane, start, start + flow, POKE_COLOUR, 1.0)
+            for i, (start, flow) in enumerate(zip(pokes.xy, pokes.flow, strict=True))
+            if np.hypot(*flow) >= MIN_ARROW_PX
+        ]
+        n = len(queries)
+        marked = np.linspace(0, n - 1, min(n, MAX_MARKED_QUERIES)).round().astype(np.intp)
+        drawn += self._modes(mixture[marked], queries[marked], marked, plane)
+        lifetime = Duration(seconds=lifetime_s).to_msg()
+        for marker in drawn:
+            marker.header, marker.lifetime = header, lifetime
+        shown = {(marker.ns, marker.id) for marker in drawn}
+        gone = [
+            Marker(header=header, ns=ns, id=i, action=Marker.DELETE)
+            for ns, i in sorted(self._shown - shown)
+        ]
+        self._shown = shown
+        return MarkerArray(markers=[*gone, *drawn])
+
+    def _modes(
+        self,
+        mixture: FlowMixture,
+        queries: NDArray[np.float64],
+        numbers: NDArray[np.intp],
+        plane: Plane,
+    ) -> list[Marker]:
+        weights, means = mixture.weights, mixture.means
+        to_plane = DEPTH_M / plane.focal
+        covariances = mixture.scaled(*to_plane).component_covariances()
+        variances, axes = np.linalg.eigh(covariances)  # ascending; axes in columns
+        diameters = 2 * ELLIPSE_SIGMAS * np.sqrt(np.maximum(variances, 0))
+        angles = np.arctan2(axes[..., 1, 1], axes[..., 0, 1])  # of the major axis
+        drawn = []
+        for row, component in np.argwhere(weights >= MIN_DRAWN_WEIGHT):
+            number = int(numbers[row] * mixture.components + component)
+            weight = float(weights[row, component])
+            start, motion = queries[row], means[row, component]
+            if np.hypot(*motion) >= MIN_ARROW_PX:
+                drawn.append(
+                    self._arrow("modes", number, plane, start, start + motion, MODE_COLOUR, weight)
+                )
+            minor, major = diameters[row, component]
+            half = angles[row, component] / 2
+            drawn.append(
+                Marker(
+                    ns="covariances",
+                    id=number,
+                    type=Marker.SPHERE,
+                    pose=Pose(
+                        position=plane.point(start + motion),
+                        orientation=Quaternion(z=float(np.sin(half)), w=float(np.cos(half))),
+                    ),
+                    scale=Vector3(x=float(major), y=float(minor), z=_FLAT_M),
+                    color=_colour(MODE_COLOUR, _ELLIPSE_OPACITY * weight),
+                )
+            )
+        return drawn
+
+    @staticmethod
+    def _arrow(
+        ns: str,
+        number: int,
+        plane: Plane,
+        start: NDArray[np.float64],
+        end: NDArray[np.float64],
+        colour: Colour,
+        opacity: float,
+    ) -> Marker:
+        return Marker(
+            ns=ns,
+            id=number,
+            type=Marker.ARROW,
+            points=[plane.point(start), plane.point(end)],
+            scale=Vector3(
+                x=plane.length(_SHAFT_PX),
+                y=plane.length(_HEAD_PX),
+                z=plane.length(_HEAD_LENGTH_PX),
+            ),
+            color=_colour(colour, opacity),
+        )
+
+
+def _colour(rgb: Colour, opacity: float) -> ColorRGBA:
+    r, g, b = (channel / 255 for channel in rgb)
+    return ColorRGBA(r=r, g=g, b=b, a=opacity)

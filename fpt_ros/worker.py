@@ -1,0 +1,366 @@
+# SPDX-License-Identifier: MIT
+"""The one thread that does the node's work, for all that is asked of it on any way.
+
+The newest image comes first: it is encoded once and answered on the topics that somebody subscribes
+to. Services and actions are worked off in steps, in turns; while images keep coming they get half
+of the time.
+
+Pokes and queries with a zero stamp stand: they apply to the newest image and to all after it, until
+the next such message; an empty one clears them. With a stamp they apply to the image of that stamp
+only, as long as it is held. Requests of services and actions bring their own pokes and queries.
+"""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Sequence
+from threading import Thread
+from typing import Any
+
+from rclpy.clock import Clock
+from rclpy.impl.rcutils_logger import RcutilsLogger
+from rclpy.publisher import Publisher
+from sensor_msgs.msg import CompressedImage, Image
+from std_msgs.msg import Header
+
+from fpt_model import FlowPredictor
+from fpt_msgs.msg import PokeArray, QueryArray
+from fpt_ros.history import Conditions, HeldImage, ImageHistory, format_stamp, stamp_ns
+from fpt_ros.images import ImageError, image_to_rgb
+from fpt_ros.inbox import MAX_REQUESTS, Batch, Inbox, Request
+from fpt_ros.messages import read_pokes, read_queries
+from fpt_ros.monitor import Monitor
+from fpt_ros.pipeline import Answer, Settings, View
+from fpt_ros.pokes import Pokes, RequestError, check_inside
+from fpt_ros.services import ANSWERS, Limits, Steps, Subject
+
+IMAGE_WAIT_S = 1.0
+"""Requests that mean an image not yet received wait this long for it."""
+
+Output = tuple[Publisher, Callable[[Answer, Header], Any]]
+"""A publisher, and what makes its message."""
+
+
+class Worker:
+    """See the module's description.
+
+    Args:
+        predictor: what answers.
+        outputs: what is published of each answer, if somebody subscribes to it.
+        parameter: the present value of a node's parameter, by its name.
+        monitor: takes counts, times and errors.
+        clock: against which the age of an image is told.
+        logger: of tracebacks.
+        alive: False when ROS is shutting down, when failures are no news.
+    """
+
+    def __init__(
+        self,
+        predictor: FlowPredictor,
+        outputs: Sequence[Output],
+        parameter: Callable[[str], Any],
+        monitor: Monitor,
+        clock: Clock,
+        logger: RcutilsLogger,
+        alive: Callable[[], bool],
+    ) -> None:
+        self._predictor, self._outputs, self._parameter = predictor, outputs, parameter
+        self._monitor, self._clock, self._logger, self._alive = monitor, clock, logger, alive
+        self._history = ImageHistory(parameter("image_history"), parameter("scene_history"))
+        self._standing = Conditions()
+        self._waiting: list[Request] = []  # for their image
+        self._jobs: deque[tuple[Request, Steps]] = deque()
+        self._inbox = Inbox(parameter("image_history"))
+        self._thread: Thread | None = None
+
+    # ------------------------------------------------------------ called by the node's callbacks
+
+    def start(self) -> None:
+        """Begin to answer."""
+        self._inbox = Inbox(self._parameter("image_history"))
+        self._thread = Thread(target=self._run, name="fpt_worker", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End after the step at work and refuse what is not answered; what stands is kept."""
+        self._inbox.close()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        unanswered = [*(request for request, _ in self._jobs), *self._waiting]
+        for request in [*unanswered, *self._inbox.leftover()]:
+            self._refuse(request, RequestError("the node stopped before it could answer"))
+        self._jobs.clear()
+        self._waiting = []
+
+    @property
+    def running(self) -> bool:
+        """Between start and stop."""
+        return self._thread is not None
+
+    def put_image(self, msg: Image | CompressedImage) -> None:
+        """Take note of a new image."""
+        self._monitor.image_received()
+        self._inbox.put_image(msg)
+
+    def put(self, request: Request) -> None:
+        """Take note of a request; it will be answered, or refused, in any case."""
+        displaced = self._inbox.put(request)
+        if displaced is not None:
+            self._refuse(displaced, _too_many())
+
+    def wake(self) -> None:
+        """Answer the newest image again, since there is somebody new to hear it."""
+        self._inbox.wake()
+
+    # -------------------------------------------------------------------------------- the thread
+
+    def _run(self) -> None:
+        while (batch := self._inbox.take(self._patience_s())) is not None:
+            began = time.monotonic()
+            try:
+                self.process(batch)
+            except Exception as error:  # a defect or a device's failure; the next image may do
+                if not self._alive():
+                    return
+                self._internal(error)
+            self.work_off(2 * time.monotonic() - began)
+
+    def _patience_s(self) -> float | None:
+        if self._jobs:
+            return 0.0
+        return IMAGE_WAIT_S if self._waiting else None
+
+    def process(self, batch: Batch) -> None:
+        """Answer what is new on the topics, and queue what services and actions ask."""
+        for msg in batch.images:
+            self._history.add(msg)
+        if batch.superseded:
+            self._monitor.count("images dropped: newer came first", batch.superseded)
+        began = time.monotonic()
+        newest = self._history.newest
+        heard = any(publisher.get_subscription_count() for publisher, _ in self._outputs)
+        due = bool(batch.images or batch.woken)  # whether the newest is to be answered
+        if due and heard and newest is not None and self._is_fresh(newest, bool(batch.images)):
+            # before the requests: standing pokes that came with it are meant for it
+            self._open(newest)
+
+        named: list[HeldImage] = []
+        requests = [*self._waiting, *batch.requests]
+        self._waiting = []
+        for request in requests:
+            try:
+                stands = _is_command(request) and stamp_ns(request.msg.header) == 0
+                held = newest if stands else self._find(request)
+                if stands:
+                    self._accept(request, self._standing, held)
+                    due = True
+                elif held is None:
+                    self._wait(request)
+                elif _is_command(request):
+                    if heard:
+                        self._open(held)
+                    self._accept(request, held.named, held)
+                    named.append(held)
+                else:
+                    self._jobs.append((request, self._steps(request, held)))
+            except RequestError as error:
+                self._refuse(request, error)
+
+        if not heard:
+            return
+        if due and newest is not None and newest not in named and self._is_fresh(newest):
+            named.append(newest)
+        for held in named:
+            if self._open(held):
+                self._answer(held)
+        if batch.images and newest in named and newest.view is not None:
+            self._monitor.time("processing time", 1e3 * (time.monotonic() - began))
+            if stamp_ns(newest.header):
+                self._monitor.time("pipeline latency", self._age_ms(newest.header))
+
+    def work_off(self, until_s: float) -> None:
+        """Services and actions in turns: one step, and more until ``until_s`` (monotonic)."""
+        while self._jobs and not self._inbox.closed:
+            request, steps = self._jobs.popleft()
+            try:
+                if request.cancelled():
+                    self._monitor.count(f"{request.kind} cancelled")
+                    request.done(RequestError("cancelled"))
+                    continue
+                feedback = next(steps)
+            except StopIteration as end:
+                self._monitor.count(f"{request.kind} answered")
+                request.done(end.value)
+            except RequestError as error:
+                self._refuse(request, error)
+            except Exception as error:
+                self._internal(error)
+                request.done(RequestError(f"internal error, {type(error).__name__}: {error}"))
+            else:
+                if feedback is not None:
+                    request.progress(feedback)
+                self._jobs.append((request, steps))
+            if time.monotonic() >= until_s:
+                return
+
+    # -------------------------------------------------------------------------------- the images
+
+    def _is_fresh(self, held: HeldImage, new: bool = False) -> bool:
+        """Whether an image is young enough to be answered; counts and logs it if a ``new`` is not.
+
+        Images without a stamp have no age.
+        """
+        limit_ms = self._parameter("max_age_ms")
+        if not limit_ms or not stamp_ns(held.header) or self._age_ms(held.header) <= limit_ms:
+            return True
+        if new:
+            self._monitor.count("images dropped: too old")
+            self._monitor.warn(
+                "old image",
+                f"dropped an image {self._age_ms(held.header):.0f} ms old, max_age_ms is "
+                f"{limit_ms:g}; are the clocks of camera and node the same (use_sim_time)?",
+            )
+        return False
+
+    def _open(self, held: HeldImage) -> bool:
+        """Read and encode an image unless that was done; False, and reported once, if it fails."""
+        known = held.view is not None or held.error
+        try:
+            self._history.view(held, self._encode)
+        except ImageError as error:
+            if not known:
+                self._monitor.error("image", str(error))
+        return held.view is not None
+
+    def _encode(self, msg: Image | CompressedImage) -> View:
+        with self._monitor.stage("convert"):
+            pixels = image_to_rgb(msg)
+        with self._monitor.stage("encode"):
+            return View(pixels, self._predictor.encode(pixels))
+
+    def _find(self, request: Request) -> HeldImage | None:
+        """The image that a request means; None while it may still come.
+
+        Raises:
+            RequestError: it is not held, or too old to be meant by "the newest".
+        """
+        ns = stamp_ns(request.msg.header)
+        newest = self._history.newest
+        if ns:
+            held = self._history.find(ns)
+            may_come = newest is None or ns > stamp_ns(newest.header)
+            why = f"the image with stamp {format_stamp(ns)} is not held; {self._history.describe()}"
+        elif newest is None:
+            held, may_come, why = None, True, "no image was received"
+        else:
+            held, may_come = (newest if self._is_fresh(newest) else None), True
+            why = (
+                f"the newest image is {self._age_ms(newest.header):.0f} ms old, max_age_ms is "
+                f"{self._parameter('max_age_ms'):g}; name it by its stamp to ask about it all the "
+                "same"
+            )
+        if held is None and not (may_come and time.monotonic() - request.arrived_s < IMAGE_WAIT_S):
+            raise RequestError(why)
+        return held
+
+    def _wait(self, request: Request) -> None:
+        self._waiting.append(request)
+        if len(self._waiting) > MAX_REQUESTS:
+            self._refuse(self._waiting.pop(0), _too_many())
+
+    def _age_ms(self, header: Header) -> float:
+        return (self._clock.now().nanoseconds - stamp_ns(header)) / 1e6
+
+    # ------------------------------------------------------------------------------- the answers
+
+    def _accept(self, request: Request, conditions: Conditions, held: HeldImage | None) -> None:
+        """Put valid pokes or queries in force; RequestError, and nothing is changed, for others.
+
+        Those for an image not yet encoded are checked to lie in it when it is answered.
+        """
+        size = held.view.size if held is not None and held.view is not None else None
+        if isinstance(request.msg, PokeArray):
+            pokes = read_pokes(request.msg.pokes, self._parameter("max_pokes"))
+            if size is not None:
+                check_inside("poke", pokes.xy, size)
+            conditions.pokes = pokes
+        else:
+            queries = read_queries(request.msg.xy, self._parameter("max_queries"))
+            if size is not None and queries is not None:
+                check_inside("query", queries, size)
+            conditions.queries = queries
+
+    def _answer(self, held: HeldImage) -> None:
+        """Publish all outputs that somebody subscribes to."""
+        assert held.view is not None
+        asked, standing = held.named, self._standing
+        pokes = standing.pokes if asked.pokes is None else asked.pokes
+        try:
+            answer = Answer(
+                self._predictor,
+                held.view,
+                Pokes() if pokes is None else pokes,
+                standing.queries if asked.queries is None else asked.queries,
+                self._settings(),
+                self._monitor.stage,
+            )
+        except RequestError as error:  # standing ones, when the image's size has changed
+            self._monitor.error("standing", f"no answer: {error}; send new ones, or an empty array")
+            return
+        for publisher, build in self._outputs:
+            if self._inbox.closed:  # whoever waits for the end need not wait for all outputs
+                return
+            if publisher.get_subscription_count():
+                msg = build(answer, held.header)
+                with self._monitor.stage("publish"):
+                    publisher.publish(msg)
+        self._monitor.count("answers")
+
+    def _steps(self, request: Request, held: HeldImage) -> Steps:
+        """The work on a service's or an action's request."""
+        try:
+            view = self._history.view(held, self._encode)
+        except ImageError as error:
+            raise RequestError(f"the image cannot be read: {error}") from error
+        subject = Subject(
+            self._predictor,
+            view,
+            held.header,
+            self._settings(),
+            Limits(self._parameter("max_pokes"), self._parameter("max_queries")),
+            self._monitor.stage,
+        )
+        return (yield from ANSWERS[request.kind](request.msg, subject))
+
+    def _settings(self) -> Settings:
+        value = self._parameter
+        return Settings(
+            camera_static=value("camera_static"),
+            flow_reduce=value("flow_reduce"),
+            dense_size=(value("dense_height"), value("dense_width")),
+            query_grid=(value("query_grid_height"), value("query_grid_width")),
+            full_resolution=value("full_resolution"),
+            kl_threshold_nats=value("kl_threshold_nats") or None,
+        )
+
+    # ----------------------------------------------------------------------------- the reporting
+
+    def _refuse(self, request: Request, error: RequestError) -> None:
+        self._monitor.error(request.kind, str(error))
+        request.done(error)
+
+    def _internal(self, error: Exception) -> None:
+        self._monitor.error("internal", f"{type(error).__name__}: {error}")
+        self._logger.debug(traceback.format_exc())
+
+
+def _is_command(request: Request) -> bool:
+    """Pokes or queries of a topic, which change what is published and get no response."""
+    return isinstance(request.msg, PokeArray | QueryArray)
+
+
+def _too_many() -> RequestError:
+    return RequestError(f"more than {MAX_REQUESTS} requests wait, dropped the oldest")
