@@ -187,7 +187,7 @@ class FptNode(LifecycleNode):
         config = self._predictor.config
         self.get_logger().info(
             f"model {config.name} ({config.licence}, {config.horizon_s:g} s ahead) on "
-            f"{', '.join(self._active_backend().values())}; "
+            f"{', '.join(v for v in self._active_backend().values() if v != 'none')}; "
             f"ready in {time.perf_counter() - started:.1f} s"
         )
         self.get_logger().info(

@@ -266,7 +266,7 @@ class TestConvert:
         result = run("convert", source, out)
         # the published file is fpt-base: a smaller one is refused at its first tensor
         assert result.returncode == 2
-        assert "encoder.backbone" in result.stderr
+        assert "image_embedder.model.cls_token" in result.stderr
         assert "expected" in result.stderr
         assert not out.exists()
 
