@@ -28,6 +28,8 @@ from training.evaluation.scenes import (
 from training.evaluation.suite import Suite
 
 Row = dict[str, Any]
+Index = NDArray[np.intp] | Mask | slice  # of a scene's points
+Where = dict[str, Index]  # by part of a scene, see the module's text
 
 REDUCTIONS: tuple[Reduce, ...] = ("mean", "median", "mode")  # how mixtures become flow
 PLACES = ("largest", "random")  # where a scene is poked
@@ -35,6 +37,8 @@ RADII = np.linspace(0, 1, 51)  # image sides, candidates of the disc baselines; 
 LEVELS = 20  # bins of the reliability curve
 OCTAVE = 6  # candidate thresholds in a factor of two
 
+_EVERYWHERE = slice(None)
+_ON_CURVE = (1024, 256)  # points of a scene for the curve by pokes: of all, of those that move
 _CALIBRATED = 512  # points of a scene whose probability mass is estimated,
 _DRAWS = 64  # by so many draws each
 
@@ -103,34 +107,42 @@ def _moments(x: FloatArray, y: FloatArray) -> FloatArray:
     return np.array([len(x), x.sum(), y.sum(), (x * x).sum(), (y * y).sum(), (x * y).sum()])
 
 
-def _means(error: FloatArray, moving: Mask) -> dict[str, FloatArray]:
-    """Over the last axis, of ``[..., C]``."""
-    return {"all": error.mean(-1), "moving": error[..., moving].mean(-1)}
+def _means(values: FloatArray, where: Where) -> dict[str, FloatArray]:
+    """Over parts of the last axis, of ``[..., C]``."""
+    return {name: values[..., index].mean(-1) for name, index in where.items()}
+
+
+def _parts(scene: Scene) -> Where:
+    return {"all": _EVERYWHERE, "moving": scene.moving}
 
 
 # -------------------------------------------------------------------------------- one scene
 
 
-def _baselines(scene: Scene, pokes: NDArray[np.intp], grid: int) -> dict[str, FloatArray]:
+def _baselines(
+    scene: Scene, pokes: NDArray[np.intp], asked: Index, grid: int
+) -> dict[str, FloatArray]:
     """Errors ``[C]`` of no motion, ``[R, C]`` of copying the nearest poke and of moving with the
     pokes rigidly, both within each of ``RADII`` of a poke.
 
     The rigid motion is fitted, in px, to the pokes that move, and taken where the nearest one does.
     """
-    still = end_point_error(np.zeros_like(scene.flow), scene.flow, grid)
-    distances = np.linalg.norm(scene.points[:, None] - scene.points[pokes], axis=-1)  # [C, P]
+    points, flow = scene.points[asked], scene.flow[asked]
+    poke_pos, poke_flow = scene.points[pokes], scene.flow[pokes]
+    still = end_point_error(np.zeros_like(flow), flow, grid)
+    distances = np.linalg.norm(points[:, None] - poke_pos, axis=-1)  # [C, P]
     nearest = distances.argmin(1)
     within = distances.min(1) < RADII[:, None]
-    copied = end_point_error(scene.flow[pokes][nearest], scene.flow, grid)
+    copied = end_point_error(poke_flow[nearest], flow, grid)
 
     size = (scene.image.shape[0], scene.image.shape[1])
-    moves = np.linalg.norm(scene.flow[pokes], axis=-1) >= MIN_VISIBLE_FLOW
-    points, after = (
-        normalised_to_pixels(x, size) for x in (scene.points, scene.points + scene.flow)
+    moves = np.linalg.norm(poke_flow, axis=-1) >= MIN_VISIBLE_FLOW
+    start, end, at = (
+        normalised_to_pixels(x, size)
+        for x in (poke_pos[moves], (poke_pos + poke_flow)[moves], points)
     )
-    fitted = rigid_fit(points[pokes[moves]], after[pokes[moves]], points) - points
-    fitted = displacement_pixels_to_normalised(fitted, size)
-    rigid = end_point_error(fitted, scene.flow, grid)
+    fitted = displacement_pixels_to_normalised(rigid_fit(start, end, at) - at, size)
+    rigid = end_point_error(fitted, flow, grid)
     return {
         "no_motion": still,
         "copy": np.where(within, copied, still),
@@ -144,19 +156,24 @@ def _reduced(mixture: FlowMixture) -> dict[str, FloatArray]:
 
 
 def _errors(
-    flows: dict[str, FloatArray], scene: Scene, pokes: NDArray[np.intp], grid: int
+    flows: dict[str, FloatArray],
+    scene: Scene,
+    pokes: NDArray[np.intp],
+    grid: int,
+    asked: Index = _EVERYWHERE,
 ) -> dict[str, FloatArray]:
     """By method, of the model's ``flows [C, 2]`` and of the baselines: ``[C]`` or ``[R, C]``."""
-    own = {name: end_point_error(flow, scene.flow, grid) for name, flow in flows.items()}
-    return own | _baselines(scene, pokes, grid)
+    true = scene.flow[asked]
+    own = {name: end_point_error(flow, true, grid) for name, flow in flows.items()}
+    return own | _baselines(scene, pokes, asked, grid)
 
 
-def _put_errors(row: Row, prefix: str, errors: dict[str, FloatArray], moving: Mask) -> None:
+def _put_errors(row: Row, prefix: str, errors: dict[str, FloatArray], where: Where) -> None:
     for name, error in errors.items():
-        for where, value in _means(error, moving).items():
-            row[f"{prefix}epe/{where}/{name}"] = value
-        for where, value in _means((error < 1).astype(np.float32), moving).items():
-            row[f"{prefix}pck/{where}/{name}"] = value
+        for part, value in _means(error, where).items():
+            row[f"{prefix}epe/{part}/{name}"] = value
+        for part, value in _means((error < 1).astype(np.float32), where).items():
+            row[f"{prefix}pck/{part}/{name}"] = value
 
 
 def _put_masks(
@@ -194,16 +211,13 @@ def _put_calibration(
         row[f"{prefix}moments/{how}"] = _moments(errors[how], std)
     tracked = scene.flow + rng.normal(0, suite.tracking_noise, scene.flow.shape)
     for truth, flow in {"exact": scene.flow, "tracked": tracked}.items():
-        for where, value in _means(-mixture.log_prob(flow), scene.moving).items():
-            row[f"{prefix}nll/{where}/{truth}"] = value
-        for where, points in (
-            ("all", np.arange(len(flow))),
-            ("moving", np.flatnonzero(scene.moving)),
-        ):
-            some = rng.choice(points, _CALIBRATED)
+        for part, value in _means(-mixture.log_prob(flow), _parts(scene)).items():
+            row[f"{prefix}nll/{part}/{truth}"] = value
+        for part, index in _parts(scene).items():
+            some = rng.choice(np.arange(len(flow))[index], _CALIBRATED)
             mass = probability_mass(mixture[some], flow[some], rng)
             counts, _ = np.histogram(mass, LEVELS, (0, 1))
-            row[f"{prefix}mass/{where}/{truth}"] = counts / len(some)
+            row[f"{prefix}mass/{part}/{truth}"] = counts / len(some)
 
 
 def _put_modes(row: Row, prefix: str, mixture: FlowMixture, scene: Scene, grid: int) -> None:
@@ -225,8 +239,8 @@ def _put_modes(row: Row, prefix: str, mixture: FlowMixture, scene: Scene, grid: 
         "first": (nearest == 0).astype(np.float32),
     }
     for name, value in values.items():
-        for where, mean in _means(value, scene.moving).items():
-            row[f"{prefix}modes/{where}/{name}"] = mean
+        for part, mean in _means(value, _parts(scene)).items():
+            row[f"{prefix}modes/{part}/{name}"] = mean
 
 
 def measure(
@@ -249,35 +263,64 @@ def measure(
     ) -> dict[str, FloatArray]:
         prefix = f"{place}/"
         if not thresholds_only:
-            _put_errors(row, prefix, errors, scene.moving)
+            _put_errors(row, prefix, errors, _parts(scene))
             _put_calibration(row, prefix, mixture, errors, scene, suite, rng)
             _put_modes(row, prefix, mixture, scene, suite.grid)
             row[f"{prefix}poke_length"] = np.linalg.norm(scene.flow[poke])
         return _put_masks(row, prefix, mixture, unconditional, scene, poke)
 
-    shown: dict[str, FloatArray] = {}
-    for count in suite.pokes[: 1 if thresholds_only else None]:
-        pokes = scene.pokes[:count]  # the predictor keeps those that it has run already
-        mixture = _predict(predictor, encoded, scene, pokes)
-        flows = _reduced(mixture)
-        errors = _errors(flows, scene, pokes, suite.grid)
-        if count == 1:
-            shown = flows | put_place("largest", int(pokes[0]), mixture, errors)
-        _put_errors(row, f"curve/{count}/", errors, scene.moving)
-        row[f"curve/{count}/nll"] = -mixture.log_prob(scene.flow).mean()
+    pokes = scene.pokes[:1]
+    mixture = _predict(predictor, encoded, scene, pokes)
+    flows = _reduced(mixture)
+    errors = _errors(flows, scene, pokes, suite.grid)
+    shown = flows | put_place("largest", int(pokes[0]), mixture, errors)
+    if not thresholds_only:
+        _put_curve(row, predictor, encoded, scene, mixture, suite, rng)
     poke = np.array([scene.drawn])
     mixture = _predict(predictor, encoded, scene, poke)
-    flows = _reduced(mixture)
-    put_place("random", scene.drawn, mixture, _errors(flows, scene, poke, suite.grid))
+    errors = _errors(_reduced(mixture), scene, poke, suite.grid)
+    put_place("random", scene.drawn, mixture, errors)
     return row, shown
 
 
+def _put_curve(
+    row: Row,
+    predictor: FlowPredictor,
+    encoded: EncodedScene,
+    scene: Scene,
+    one_poke: FlowMixture,
+    suite: Suite,
+    rng: np.random.Generator,
+) -> None:
+    """By the number of pokes, at some of the points: errors and likelihood.
+
+    The predictor keeps the pokes that it has run already, each count only adds some.
+    """
+    some = rng.permutation(len(scene.points))[: _ON_CURVE[0]]
+    movers = rng.permutation(np.flatnonzero(scene.moving))[: _ON_CURVE[1]]
+    asked = np.concatenate([some, movers])
+    where: Where = {"all": slice(len(some)), "moving": slice(len(some), None)}
+    for count in suite.pokes:
+        pokes = scene.pokes[:count]
+        if count == 1:
+            mixture = one_poke[asked]
+        else:
+            mixture = _predict(predictor, encoded, scene, pokes, asked)
+        errors = _errors(_reduced(mixture), scene, pokes, suite.grid, asked)
+        _put_errors(row, f"curve/{count}/", errors, where)
+        row[f"curve/{count}/nll"] = -mixture.log_prob(scene.flow[asked])[where["all"]].mean()
+
+
 def _predict(
-    predictor: FlowPredictor, encoded: EncodedScene, scene: Scene, pokes: NDArray[np.intp]
+    predictor: FlowPredictor,
+    encoded: EncodedScene,
+    scene: Scene,
+    pokes: NDArray[np.intp],
+    asked: Index = _EVERYWHERE,
 ) -> FlowMixture:
-    """The motion of all points given some of them."""
+    """The motion of points given some of them."""
     return predictor.predict(
-        encoded, scene.points[pokes], scene.flow[pokes], scene.points, scene.camera_static
+        encoded, scene.points[pokes], scene.flow[pokes], scene.points[asked], scene.camera_static
     )
 
 
