@@ -1,7 +1,11 @@
 # SPDX-License-Identifier: MIT
 """The ROS environment of all tests: this machine alone, and a domain that no other run uses."""
 
+import logging
 import os
+from collections.abc import Iterator
+
+import pytest
 
 from fpt_ros import environment
 
@@ -10,3 +14,14 @@ os.environ.update(environment.defaults())
 _domain, _claim = environment.claim_domain_id()  # held until pytest ends
 os.environ["ROS_DOMAIN_ID"] = str(_domain)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture
+def caplog(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    """At our own loggers too: ROS's launch, where it is installed, takes over the root's."""
+    loggers = [logging.getLogger(name) for name in ("fpt_model", "training", "evaluation")]
+    for logger in loggers:
+        logger.addHandler(caplog.handler)
+    yield caplog
+    for logger in loggers:
+        logger.removeHandler(caplog.handler)
