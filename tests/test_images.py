@@ -2,13 +2,15 @@
 """Image conversion: all encodings, both ways, and every way in which a message can be wrong."""
 
 import importlib.util
+import struct
 
+import cv2
 import numpy as np
 import pytest
 
 pytest.importorskip("sensor_msgs")
 
-from sensor_msgs.msg import Image
+from sensor_msgs.msg import CompressedImage, Image
 from std_msgs.msg import Header
 
 from fpt_ros.images import (
@@ -131,3 +133,46 @@ def test_arrays_that_do_not_fit_are_refused(pixels: np.ndarray, encoding: str, w
     with pytest.raises(ImageError) as caught:
         array_to_image(pixels, encoding, Header())
     assert words in str(caught.value)
+
+
+def compressed(data: bytes, declared: str = "") -> CompressedImage:
+    return CompressedImage(format=declared, data=flat_array("B", np.frombuffer(data, np.uint8)))
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [((3, 5), np.uint8), ((3, 5, 3), np.uint8), ((3, 5, 4), np.uint8), ((3, 5, 3), np.uint16)],
+    ids=["mono", "colour", "alpha", "16 bit"],
+)
+def test_png_is_read_to_the_pixel(shape: tuple[int, ...], dtype: type) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, shape).astype(dtype)
+    scale = 256 if dtype == np.uint16 else 1
+    data = cv2.imencode(".png", pixels * scale)[1].tobytes()
+    # what image_transport's plugin declares, though the bytes alone count
+    read = image_to_rgb(compressed(data, "rgb8; png compressed bgr8"))
+    expected = pixels[..., 2::-1] if pixels.ndim == 3 else np.repeat(pixels[..., None], 3, -1)
+    np.testing.assert_array_equal(read, expected)
+
+
+def test_jpeg_pixels_stay_where_the_file_has_them() -> None:
+    pixels = np.zeros((8, 16, 3), np.uint8)
+    pixels[:, 8:] = (0, 0, 255)  # red, as OpenCV writes it
+    data = cv2.imencode(".jpg", pixels)[1].tobytes()
+    # an EXIF segment with the orientation "rotate by 90 degrees", as phones write it
+    entry = struct.pack("<HHHIHHI", 1, 0x0112, 3, 1, 6, 0, 0)
+    exif = b"Exif\0\0II*\0" + struct.pack("<I", 8) + entry
+    tagged = data[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + data[2:]
+    assert cv2.imdecode(np.frombuffer(tagged, np.uint8), cv2.IMREAD_COLOR).shape == (16, 8, 3)
+    read = image_to_rgb(compressed(tagged, "jpeg"))
+    assert read.shape == (8, 16, 3)
+    np.testing.assert_allclose(read[4, 12], (255, 0, 0), atol=12)
+    np.testing.assert_allclose(read[4, 3], 0, atol=12)
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [(b"", "begins with b''"), (b"\xff\xd8\xff\xe0..", "JPEG image of 6 bytes is damaged")],
+)
+def test_other_compressed_data_is_named(data: bytes, words: str) -> None:
+    with pytest.raises(ImageError, match=words):
+        image_to_rgb(compressed(data))

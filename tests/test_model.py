@@ -376,6 +376,11 @@ class TestPredictor:
         )
         assert np.abs(drawn[0] - drawn[1]).max() > 1e-3
         assert torch.equal(state, torch.get_rng_state()), "the global generator is left alone"
+        steps = predictor.sample_stepwise(*args, num_samples=3, seed=5, order=order)
+        assert [next(steps) for _ in range(6)] == [1, 2, 3, 4, 5, 6]
+        with pytest.raises(StopIteration) as end:
+            next(steps)
+        np.testing.assert_array_equal(end.value.value, drawn)
         none = predictor.sample(scene, np.empty((0, 2)), np.empty((0, 2)), queries, num_samples=1)
         assert np.isfinite(none).all()
 

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -20,7 +23,7 @@ from diagnostic_msgs.msg import DiagnosticStatus
 from geometry_msgs.msg import Point
 from lifecycle_msgs.msg import Transition
 from lifecycle_msgs.srv import ChangeState
-from node_harness import SENSOR_QOS, Client, save_small_model, wait_until
+from node_harness import ROOT, SENSOR_QOS, Client, save_small_model, wait_until
 from node_user import (
     DENSE,
     HEIGHT,
@@ -162,6 +165,28 @@ def test_any_recent_image_can_be_named_though_none_was_answered(user: User) -> N
         check_distribution(response.distribution, headers[seed], QUERIES, expected)
     values = values_of(user.diagnostics(lambda values: "answers" not in values))
     assert values["dense time"] == values["pipeline latency"] == "n/a"
+
+
+def test_an_image_is_encoded_once_for_all_requests(user: User) -> None:
+    user.client.subscribe(Float64, "/fpt/debug/encode_time_ms")
+    encodings = user.client.received["/fpt/debug/encode_time_ms"]
+
+    def heard() -> bool:
+        user.send_image(picture())
+        return call(user, "predict_flow").success and bool(encodings)
+
+    wait_until(heard)
+    header = user.send_image(picture(11))
+    assert call(user, "predict_flow", header=header).success
+    time.sleep(0.3)
+    encodings.clear()
+    assert call(user, "segment_moving_part", header=header, pokes=[INSIDE]).success
+    assert call(user, "evaluate_pokes", header=header, pokes=[INSIDE]).success
+    assert call(user, "predict_flow", header=header).success
+    goal = send_goal(user, [], header=header, queries=flat([1, 2]))
+    assert wait_for_result(goal).status == GoalStatus.STATUS_SUCCEEDED
+    time.sleep(0.3)
+    assert not encodings
 
 
 def test_an_image_may_come_after_the_request_that_names_it(user: User) -> None:
@@ -644,3 +669,30 @@ def test_a_stage_that_is_stuck_is_reported_while_it_is(model: Path) -> None:
         assert values_of(last)["at work"].startswith("dense, for ")
         client.next("/fpt/flow", timeout_s=120.0)
         user.diagnostics(lambda values: values["at work"] == "n/a")
+        # and a node that is told to end amid work, with requests unanswered, ends well
+        service = client.node.create_client(PredictFlow, "/fpt/predict_flow")
+        assert service.wait_for_service(30.0)
+        many = np.tile([5.0, 5.0], (2000, 1)).ravel()
+        send_goal(user, [], queries=flat(many))
+        user.send_image(picture(1))
+        for _ in range(3):
+            service.call_async(PredictFlow.Request())
+        user.diagnostics(lambda values: "predict_flow received" in values)
+
+
+def test_random_transitions_under_traffic(model: Path, tmp_path: Path) -> None:
+    """A short run of the lifecycle part of benchmarks/soak_node.py, which says what is checked."""
+    done = subprocess.run(
+        [
+            *(sys.executable, ROOT / "benchmarks" / "soak_node.py", "--model", model),
+            *("--seconds", "0", "--transitions", "200", "--rate", "20", "--threads", "1"),
+            *("--width", "64", "--height", "48", "--out", tmp_path / "soak.json"),
+        ],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    walked = json.loads((tmp_path / "soak.json").read_text())["lifecycle"]
+    assert walked["possible"] + walked["impossible"] == 200
+    assert walked["impossible"] > 20
+    assert walked["memory last MB"] - walked["memory half-way MB"] < 40

@@ -25,7 +25,9 @@ from ament_index_python.packages import get_package_prefix, get_package_share_di
 from rclpy.serialization import deserialize_message, serialize_message
 from std_msgs.msg import Header
 
-from fpt_msgs.msg import FlowDistribution, Poke, PokeArray, QueryArray
+from fpt_msgs.action import SampleFlow
+from fpt_msgs.msg import FlowDistribution, FlowSamples, ModelInfo, Poke, PokeArray, QueryArray
+from fpt_msgs.srv import EvaluatePokes, PredictFlow, SegmentMovingPart
 from fpt_ros import environment
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -115,6 +117,8 @@ def test_package_xml_names_exactly_what_is_imported() -> None:
 
 # --- messages ------------------------------------------------------------------------------------
 
+ABOUT_AN_IMAGE = {"header": "std_msgs/Header", "pokes": "sequence<fpt_msgs/Poke>"}
+OUTCOME = {"success": "boolean", "message": "string"}
 FIELDS: dict[Any, dict[str, str]] = {
     Poke: dict.fromkeys(("x", "y", "dx", "dy", "dz"), "float"),
     PokeArray: {"header": "std_msgs/Header", "pokes": "sequence<fpt_msgs/Poke>"},
@@ -133,6 +137,50 @@ FIELDS: dict[Any, dict[str, str]] = {
         "model_name": "string",
         "horizon_s": "float",
     },
+    FlowSamples: {
+        "header": "std_msgs/Header",
+        "image_height": "uint32",
+        "image_width": "uint32",
+        "dims": "uint8",
+        "samples": "uint32",
+        "count": "uint32",
+        "queries": "sequence<float>",
+        "flow": "sequence<float>",
+        "model_name": "string",
+        "horizon_s": "float",
+    },
+    ModelInfo: {
+        "model_name": "string",
+        "licence": "string",
+        "dims": "uint8",
+        "components": "uint8",
+        "horizon_s": "float",
+        "kl_threshold": "float",
+        "image_size": "uint32",
+    },
+    PredictFlow.Request: {**ABOUT_AN_IMAGE, "queries": "sequence<float>"},
+    PredictFlow.Response: {**OUTCOME, "distribution": "fpt_msgs/FlowDistribution"},
+    SegmentMovingPart.Request: {**ABOUT_AN_IMAGE, "threshold": "float"},
+    SegmentMovingPart.Response: {
+        **OUTCOME,
+        "mask": "sensor_msgs/Image",
+        "influence": "sensor_msgs/Image",
+        "threshold": "float",
+    },
+    EvaluatePokes.Request: {
+        **ABOUT_AN_IMAGE,
+        "sizes": "sequence<uint32>",
+        "queries": "sequence<float>",
+    },
+    EvaluatePokes.Response: {**OUTCOME, "distributions": "sequence<fpt_msgs/FlowDistribution>"},
+    SampleFlow.Goal: {
+        **ABOUT_AN_IMAGE,
+        "queries": "sequence<float>",
+        "samples": "uint32",
+        "seed": "uint64",
+    },
+    SampleFlow.Result: {"message": "string", "samples": "fpt_msgs/FlowSamples"},
+    SampleFlow.Feedback: {"done": "uint32", "count": "uint32"},
 }
 
 

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: MIT
+"""What the node keeps: of arrivals until there is time, of images for requests that name them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("fpt_msgs")
+
+from node_harness import save_small_model
+from sensor_msgs.msg import Image
+from std_msgs.msg import Header
+
+from fpt_model import FlowPredictor, load_model
+from fpt_msgs.msg import PokeArray
+from fpt_ros.history import ImageHistory
+from fpt_ros.images import ImageError, array_to_image, image_to_rgb
+from fpt_ros.inbox import MAX_REQUESTS, Inbox, Request
+from fpt_ros.pipeline import View
+
+
+def image(sec: int) -> Image:
+    header = Header()
+    header.stamp.sec = sec
+    return array_to_image(np.full((4, 6, 3), sec, np.uint8), "rgb8", header)
+
+
+def test_the_inbox_keeps_the_newest_images_and_counts_the_others() -> None:
+    inbox = Inbox(max_images=3)
+    for sec in range(1, 6):
+        inbox.put_image(image(sec))
+    batch = inbox.take()
+    assert batch is not None
+    assert [msg.header.stamp.sec for msg in batch.images] == [3, 4, 5]
+    assert batch.superseded == 4
+    inbox.put_image(image(6))
+    batch = inbox.take()
+    assert batch is not None
+    assert (len(batch.images), batch.superseded) == (1, 0)
+    empty = inbox.take(timeout_s=0.0)
+    assert empty is not None
+    assert (empty.images, empty.requests, empty.woken) == ([], [], False)
+
+
+def test_the_oldest_request_makes_room_and_none_is_lost() -> None:
+    inbox = Inbox(max_images=1)
+    requests = [Request("pokes", PokeArray()) for _ in range(MAX_REQUESTS + 2)]
+    displaced = [request for request in requests if inbox.put(request) is not None]
+    assert displaced == requests[-2:]
+    assert inbox.put(requests[0]) is requests[2]
+    batch = inbox.take()
+    assert batch is not None
+    assert batch.requests == [*requests[3:], requests[0]]
+    inbox.put(requests[0])
+    inbox.close()
+    assert inbox.take() is None
+    assert inbox.leftover() == [requests[0]]
+
+
+@pytest.fixture(scope="module")
+def predictor(tmp_path_factory: pytest.TempPathFactory) -> FlowPredictor:
+    path: Path = tmp_path_factory.mktemp("model") / "fpt-test.safetensors"
+    return FlowPredictor(load_model(save_small_model(path)))
+
+
+def test_images_are_encoded_once_and_scenes_outlast_images(predictor: FlowPredictor) -> None:
+    encoded: list[int] = []
+
+    def encode(msg: Image) -> View:
+        encoded.append(msg.header.stamp.sec)
+        pixels = image_to_rgb(msg)
+        return View(pixels, predictor.encode(pixels))
+
+    history = ImageHistory(images=3, scenes=2)
+    assert history.newest is None
+    assert history.describe() == "none is held"
+    held = [history.add(image(sec)) for sec in range(1, 4)]
+    first = history.view(held[0], encode)
+    assert history.view(held[0], encode) is first
+    assert encoded == [1]
+    for sec in range(4, 8):
+        history.add(image(sec))
+    # 1 is held for its encoding, 2 and 3 not any more
+    assert history.find(10**9) is held[0]
+    assert history.find(2 * 10**9) is None
+    assert history.describe() == "4 are held, from 1.000000000 s to 7.000000000 s"
+    for sec in (5, 6):
+        found = history.find(sec * 10**9)
+        assert found is not None
+        history.view(found, encode)
+    assert encoded == [1, 5, 6]
+    assert held[0].view is None
+    assert history.find(10**9) is None
+    # a bag that loops: the newest of the same stamp
+    again = history.add(image(6))
+    assert history.find(6 * 10**9) is again
+
+
+def test_an_image_that_cannot_be_read_is_tried_once(predictor: FlowPredictor) -> None:
+    tries: list[Image] = []
+
+    def encode(msg: Image) -> View:
+        tries.append(msg)
+        pixels = image_to_rgb(msg)
+        return View(pixels, predictor.encode(pixels))
+
+    history = ImageHistory(images=3, scenes=2)
+    held = history.add(Image(height=2, width=2, encoding="rgb8"))
+    for _ in range(2):
+        with pytest.raises(ImageError, match="step is 0 bytes"):
+            history.view(held, encode)
+    assert len(tries) == 1
