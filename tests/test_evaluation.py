@@ -275,7 +275,7 @@ def test_probability_mass_of_draws_is_uniform() -> None:
 def test_the_shipped_model_heeds_the_camera_flag(data: Path) -> None:
     """Without pokes: told that the camera stands still, it expects the world to."""
     evaluation = Evaluation(SUITE, data, 0)
-    figures = evaluation.simulated(load_predictor("fpt-tiny", "fp32"), "val")["camera"]
+    figures = evaluation.simulated(load_predictor("fpt-tiny"), "val")["camera"]
     assert figures["scenes"] == SUITE.scenes
     assert figures["flag_0/speed"] > 1.5 * figures["flag_1/speed"]
     assert figures["flag_0/nll/moving_camera"] < figures["flag_1/nll/moving_camera"] - 0.5
@@ -370,6 +370,7 @@ def test_mistakes_are_named(fpt_eval: Any, data: Path, model: Path, tmp_path: Pa
         (("--suite", "procedural", *common, "--model", solid), "flow_dim 2"),
         (("--suite", "procedural", *common, "--model", "none"), "no model 'none'"),
         (("--suite", "procedural", *common, "--precision", "fp8"), "received 'fp8'"),
+        (("--suite", "procedural", *common, "--graphs", tmp_path / "none"), "none"),
         (("--suite", "procedural", "--data", tmp_path), "--split val"),
     ):
         result = fpt_eval(*arguments)

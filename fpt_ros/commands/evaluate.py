@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import Annotated
 
 import typer
 
@@ -39,7 +39,15 @@ def evaluate(
         int | None,
         typer.Option(min=1, help="At most so many of each split.", show_default=False),
     ] = None,
-    precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
+    precision: Annotated[
+        str, typer.Option(help="fp32 or bf16; of exported graphs fp32, fp16 or int8.")
+    ] = "fp32",
+    graphs: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder written by fpt export: ONNX Runtime runs the model.", show_default=False
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of pokes and draws.")] = 0,
     quick: Annotated[
         bool, typer.Option("--quick", help="A few scenes, to see that all runs.")
@@ -58,12 +66,10 @@ def evaluate(
     """
     from fpt_model import CheckpointError
     from fpt_model.checkpoint import resolve_model
-    from fpt_model.predictor import Precision
+    from fpt_model.engine import BackendError
     from training.evaluation import run
     from training.evaluation.suite import EvaluationError, Suite
 
-    if precision not in get_args(Precision):
-        raise UserError(f"--precision must be fp32 or bf16, received {precision!r}")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         chosen = Suite.load(suite)
@@ -72,18 +78,10 @@ def evaluate(
         if scenes:
             chosen = dataclasses.replace(chosen, scenes=scenes)
         folder = out or Path("evaluation") / chosen.name
-        figures = run.run(
-            chosen,
-            model,
-            data,
-            folder,
-            single_gaussian,
-            precision,  # type: ignore[arg-type]  # checked above
-            seed,
-        )
+        figures = run.run(chosen, model, data, folder, single_gaussian, precision, seed, graphs)
         if save_threshold:
             run.save_threshold(resolve_model(model), figures["thresholds"]["kl_matched"])
-    except (CheckpointError, EvaluationError, OSError) as error:
+    except (BackendError, CheckpointError, EvaluationError, OSError) as error:
         raise UserError(str(error)) from error
     print((folder / "figures.md").read_text())
     print(f"wrote {folder}")

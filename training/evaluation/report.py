@@ -174,7 +174,8 @@ def markdown(figures: Figures) -> str:
     parts = [
         f"# {figures['title']}\n",
         f"Model `{figures['model']}` (sha256 `{figures['model_sha256'][:16]}`, "
-        f"{figures['precision']}), commit `{figures['commit']}`, seed {figures['seed']}. "
+        f"{figures['backend']}, {figures['precision']}), commit `{figures['commit']}`, "
+        f"seed {figures['seed']}. "
         f"Errors in cells of a {figures['grid']} x {figures['grid']} grid, in brackets 95 % "
         f"bootstrap intervals over {figures['intervals_over']}s. Thresholds, chosen on the split "
         f"`{figures['validation']}`: {chosen} (nats, image sides). Definitions: "

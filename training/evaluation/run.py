@@ -17,8 +17,8 @@ from safetensors import safe_open
 from tqdm import tqdm
 
 from fpt_model import FlowPredictor, load_model, save_model
+from fpt_model.backends import Backend
 from fpt_model.checkpoint import resolve_model
-from fpt_model.predictor import Precision
 from sim.dataset import sha256
 from training.data import Shards
 from training.evaluation import report
@@ -55,9 +55,26 @@ _PLAIN_RATIOS = {
 }
 
 
-def load_predictor(model: str, precision: Precision) -> FlowPredictor:
-    """EvaluationError for a model of three-dimensional motion, which no suite measures yet."""
-    predictor = FlowPredictor(load_model(model), precision=precision)
+def load_predictor(
+    model: str, precision: str = "fp32", graphs: Path | None = None
+) -> FlowPredictor:
+    """The model by PyTorch, or by ONNX Runtime from exported ``graphs``, and by nothing else.
+
+    Raises EvaluationError for a precision that they have not and for a model of three-dimensional
+    motion, which no suite measures yet; FileNotFoundError, CheckpointError and BackendError.
+    """
+    loaded = load_model(model)
+    backend: Backend = "torch" if graphs is None else "onnxruntime"
+    try:
+        predictor = FlowPredictor(
+            loaded,
+            backend,
+            precision=precision,  # type: ignore[arg-type]  # checked there
+            graphs=graphs,
+            strict=True,
+        )
+    except ValueError as error:
+        raise EvaluationError(str(error)) from error
     if predictor.config.flow_dim != 2:
         raise EvaluationError(
             f"the suites measure motion in the image: expected a model with flow_dim 2, "
@@ -66,9 +83,9 @@ def load_predictor(model: str, precision: Precision) -> FlowPredictor:
     return predictor
 
 
-def load_single_gaussian(model: str, precision: Precision) -> FlowPredictor:
+def load_single_gaussian(model: str) -> FlowPredictor:
     """EvaluationError unless the model predicts one Gaussian."""
-    predictor = load_predictor(model, precision)
+    predictor = load_predictor(model)
     if predictor.config.components != 1:
         raise EvaluationError(
             f"the single-Gaussian baseline must have components = 1, {model} has "
@@ -221,20 +238,21 @@ def run(
     data: Path,
     out: Path,
     single_gaussian: str | None = None,
-    precision: Precision = "fp32",
+    precision: str = "fp32",
     seed: int = 0,
+    graphs: Path | None = None,
 ) -> Figures:
     """Evaluate and write everything to ``out`` (made at need); returns what figures.json holds.
 
     Args:
         model, single_gaussian: shipped names or files; the second, optional one predicts a single
-            Gaussian and is measured in the same way.
+            Gaussian and is measured in the same way, in fp32.
+        graphs: folder of ``fpt export``, for the model by ONNX Runtime.
 
-    Raises FileNotFoundError and CheckpointError for models that cannot be loaded, EvaluationError
-    for those that do not fit and for missing shards.
+    Raises what :func:`load_predictor` does, and EvaluationError for missing shards.
     """
-    predictor = load_predictor(model, precision)
-    single = load_single_gaussian(single_gaussian, precision) if single_gaussian else None
+    predictor = load_predictor(model, precision, graphs)
+    single = load_single_gaussian(single_gaussian) if single_gaussian else None
     evaluation = Evaluation(suite, data, seed)
     out.mkdir(parents=True, exist_ok=True)
     thresholds, splits = evaluation.figures(predictor, out)
@@ -244,7 +262,8 @@ def run(
         "model": model,
         "model_sha256": sha256(resolve_model(model)),
         "single_gaussian": single_gaussian,
-        "precision": precision,
+        "backend": predictor.backend,
+        "precision": predictor.precision,
         "commit": code_version(),
         "seed": seed,
         "grid": suite.grid,
