@@ -32,6 +32,9 @@ class FPTConfig:
     # which each cell sees the whole image; the finest map only serves what is at a point
     context_width: int = 192  # channels of such a token
     context_depth: int = 2  # transformer blocks
+    # channels of a map that carries the context up to the finest of the backbone's maps, for what
+    # is at a point; 0: none, and that finest map serves as it is
+    detail_width: int = 0
     # --- poke transformer ----------------------------------------------------------------------
     width: int = 192  # channels of a token
     depth: int = 4  # layers
@@ -67,10 +70,10 @@ class FPTConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be an integer >= 1, received {value!r}")
-        if not isinstance(self.position_bands, int) or self.position_bands < 0:
-            raise ValueError(
-                f"position_bands must be an integer >= 0, received {self.position_bands!r}"
-            )
+        for name in ("position_bands", "detail_width"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 0:
+                raise ValueError(f"{name} must be an integer >= 0, received {value!r}")
         if self.flow_dim not in (2, 3):
             raise ValueError(f"flow_dim must be 2 or 3, received {self.flow_dim!r}")
         if self.head_dim % 4:

@@ -82,6 +82,12 @@ def resize_square(x: Tensor, side: int) -> Tensor:
     return F.interpolate(x, (side, side), mode="bilinear", align_corners=False, antialias=True)
 
 
+def norm_channels(norm: nn.Module, x: Tensor) -> Tensor:
+    """Apply a norm over the last axis to the channels of ``x [B, C, h, w]``."""
+    out: Tensor = norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    return out
+
+
 class ContextBlock(nn.Module):
     """A transformer block over a map's cells: self-attention and SwiGLU, pre-norm, residual."""
 
@@ -128,10 +134,7 @@ class ContextEncoder(nn.Module):
     def forward(self, maps: list[Tensor]) -> Tensor:
         """``maps`` (``[B, C_i, h_i, w_i]``, finest first) to ``[B, W, h_0, w_0]``."""
         h, w = maps[0].shape[-2:]
-        normed = [
-            norm(m.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-            for norm, m in zip(self.norms, maps, strict=True)
-        ]
+        normed = [norm_channels(norm, m) for norm, m in zip(self.norms, maps, strict=True)]
         resized = [F.interpolate(m, (h, w), mode="bilinear") for m in normed[1:]]
         cells = torch.cat([normed[0], *resized], 1).flatten(2).transpose(1, 2)
         pos = grid_positions(h, w, cells.device)[None]
@@ -143,12 +146,38 @@ class ContextEncoder(nn.Module):
         return self.norm_out(x).transpose(1, 2).unflatten(2, (h, w))
 
 
+class DetailDecoder(nn.Module):
+    """Carries what the context knows back up to fine maps, so that edges are as sharp as those.
+
+    The expanding half of a U-Net (Ronneberger et al., MICCAI 2015): at each step up the coarse map
+    is enlarged and joined with the image's own features there.
+    """
+
+    def __init__(self, context: int, channels: list[int], width: int) -> None:
+        super().__init__()
+        self.reduce = nn.Conv2d(context, width, 1, bias=False)
+        self.norms = nn.ModuleList(nn.LayerNorm(c) for c in channels)
+        self.joins = nn.ModuleList(nn.Conv2d(c + width, width, 3, padding=1) for c in channels)
+        self.smooth = nn.Conv2d(width, width, 3, padding=1)
+        self.norm_out = nn.LayerNorm(width)
+
+    def forward(self, context: Tensor, maps: list[Tensor]) -> Tensor:
+        """``context [B, C, h, w]`` and ``maps [B, C_i, h_i, w_i]``, coarser ones first, to a map
+        ``[B, width, ...]`` of the last one's size."""
+        x = self.reduce(context)
+        for norm, join, fine in zip(self.norms, self.joins, maps, strict=True):
+            x = F.interpolate(x, fine.shape[-2:], mode="bilinear")
+            x = F.silu(join(torch.cat([norm_channels(norm, fine), x], 1)))
+        return norm_channels(self.norm_out, x + F.silu(self.smooth(x)))
+
+
 class ImageEncoder(nn.Module):
-    """Image in [-1, 1] to feature maps, of which the last is the cross-attention's memory.
+    """Image in [-1, 1] to feature maps, of which the first is the cross-attention's memory.
 
     timm's vision transformers give one map (class and register tokens are dropped, after the final
-    norm). timm's convolutional ``features_only`` backbones give two: the finest of their
-    ``out_indices``, and the others seen by a :class:`ContextEncoder`.
+    norm). timm's convolutional ``features_only`` backbones give several: the coarser of their
+    ``out_indices`` seen by a :class:`ContextEncoder`, then the finest; with ``detail_width`` the
+    finest is left to a :class:`DetailDecoder`, whose map comes last, and the next one is given.
     """
 
     mean: Tensor
@@ -161,16 +190,22 @@ class ImageEncoder(nn.Module):
         if not self.convolutional:
             kwargs.update(img_size=config.image_size, num_classes=0, global_pool="")
         self.backbone = import_timm().create_model(config.encoder, pretrained=False, **kwargs)
+        self.detail = None
         if self.convolutional:
-            finest, *others = self.backbone.feature_info.channels()
-            if not others:
+            channels = list(self.backbone.feature_info.channels())
+            self.fine = 2 if config.detail_width else 1  # maps that the context does not see
+            if len(channels) <= self.fine:
                 raise ValueError(
-                    "a convolutional encoder needs at least two out_indices, received "
-                    f"{kwargs.get('out_indices')}"
+                    f"a convolutional encoder needs at least {self.fine + 1} out_indices here, "
+                    f"received {kwargs.get('out_indices')}"
                 )
-            self.norm = nn.LayerNorm(finest)  # a convolutional map's scale is arbitrary
+            skips, others = channels[: self.fine][::-1], channels[self.fine :]
+            self.norm = nn.LayerNorm(skips[0])  # a convolutional map's scale is arbitrary
             self.context = ContextEncoder(config, others)
-            self.dims = [finest, config.context_width]
+            self.dims = [config.context_width, skips[0]]
+            if config.detail_width:
+                self.detail = DetailDecoder(config.context_width, skips, config.detail_width)
+                self.dims.append(config.detail_width)
         else:
             self.dims = [int(self.backbone.num_features)]
         self.register_buffer(
@@ -179,13 +214,15 @@ class ImageEncoder(nn.Module):
         self.register_buffer("std", torch.tensor(config.image_std).view(3, 1, 1), persistent=False)
 
     def forward(self, image: Tensor) -> list[Tensor]:
-        """``[B, 3, S, S]`` in [-1, 1] to maps ``[B, C_i, h_i, w_i]`` with ``C_i`` of ``dims``."""
+        """``[B, 3, S, S]`` in [-1, 1] to maps ``[B, C_i, h_i, w_i]`` with ``C_i`` of ``dims``,
+        coarsest first."""
         x = ((image + 1) / 2 - self.mean) / self.std
         x = x.to(next(self.backbone.parameters()).dtype)
         if self.convolutional:
-            finest, *others = self.backbone(x.contiguous(memory_format=torch.channels_last))
-            finest = self.norm(finest.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-            return [finest, self.context(others)]
+            maps = self.backbone(x.contiguous(memory_format=torch.channels_last))
+            skips, others = maps[: self.fine][::-1], maps[self.fine :]
+            out = [self.context(others), norm_channels(self.norm, skips[0])]
+            return out if self.detail is None else [*out, self.detail(out[0], skips)]
         tokens = self.backbone.forward_features(x)  # [B, prefix + h * w, C]
         tokens = tokens[:, self.backbone.num_prefix_tokens :]
         return [tokens.transpose(1, 2).unflatten(2, self.backbone.patch_embed.grid_size)]

@@ -43,7 +43,7 @@ KeyValue = tuple[Tensor, Tensor]  # [B, H, T, E] each
 class ImageFeatures:
     """What the transformer needs of an image; made once, shared by every poke and query."""
 
-    maps: list[Tensor]  # [B, C_i, h_i, w_i], sampled at tokens' positions; finest first
+    maps: list[Tensor]  # [B, C_i, h_i, w_i], sampled at tokens' positions; coarsest first
     memory: list[KeyValue]  # a layer's cross-attention keys (rotated) and values
 
 
@@ -229,7 +229,7 @@ class TokenEmbedding(nn.Module):
         coeffs = 2 * math.pi * torch.arange(1, w // 2 + 1)
         self.register_buffer("coeffs", coeffs, persistent=False)
         self.position_bands = config.position_bands
-        self.project = nn.Linear(d * w + image_dim + config.position_dim, w, bias=False)
+        self.project = nn.Linear(d * w + config.position_dim + image_dim, w, bias=False)
         self.blocks = nn.ModuleList([ResidualMLP(w), ResidualMLP(w)])
 
     def forward(
@@ -244,7 +244,7 @@ class TokenEmbedding(nn.Module):
         token = self.query_token.to(local.dtype).expand(*query_pos.shape[:2], -1)
         kind = torch.cat([motion.to(local.dtype), token], 1)
         place = position_features(pos, self.position_bands).to(local.dtype)
-        x = self.project(torch.cat([kind, local, place], -1))
+        x = self.project(torch.cat([kind, place, local], -1))
         for block in self.blocks:
             x = x + block(x)
         return x
@@ -282,7 +282,7 @@ class FlowPokeTransformer(nn.Module):
         self.cond_emb = nn.Embedding(2, w)  # 0: camera moves or unknown, 1: static
         self.embed = TokenEmbedding(config, sum(self.encoder.dims))
         self.rope = AxialRoPE(config.heads, config.head_dim)
-        layers = [Layer(config, self.encoder.dims[-1]) for _ in range(config.depth)]
+        layers = [Layer(config, self.encoder.dims[0]) for _ in range(config.depth)]
         self.layers: list[Layer] = nn.ModuleList(layers)  # type: ignore[assignment]
         self.head = Head(w, config.raw_dim)
 
@@ -306,9 +306,9 @@ class FlowPokeTransformer(nn.Module):
 
     def features(self, maps: list[Tensor]) -> ImageFeatures:
         """What :meth:`encode` makes of the image encoder's ``maps``."""
-        h, w = maps[-1].shape[-2:]
-        rotation = self.rope(grid_positions(h, w, maps[-1].device)[None])
-        tokens = maps[-1].flatten(2).transpose(1, 2)
+        h, w = maps[0].shape[-2:]
+        rotation = self.rope(grid_positions(h, w, maps[0].device)[None])
+        tokens = maps[0].flatten(2).transpose(1, 2)
         return ImageFeatures(maps, [layer.image_memory(tokens, rotation) for layer in self.layers])
 
     def run(

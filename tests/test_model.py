@@ -42,10 +42,11 @@ CONVOLUTIONAL = dataclasses.replace(
     encoder="tf_efficientnet_lite0",
     encoder_kwargs={
         "features_only": True,
-        "out_indices": [1, 2, 3],
+        "out_indices": [0, 1, 2, 3],
         "feature_cfg": {"flatten_sequential": True},
     },
     context_width=32,
+    detail_width=8,
     position_bands=3,
 )
 
@@ -253,14 +254,17 @@ class TestModel:
         assert (together[:3] - together[3:]).abs().max() > 1e-2, "the images differ"
 
     def test_context_reaches_across_the_image(self) -> None:
-        """What a cell of the memory says depends on far cells, the finest map only on near ones."""
+        """What a cell of the memory says depends on far cells, as does the map of details; that in
+        between is the backbone's own and sees near ones only."""
         model = randomised(FlowPokeTransformer(dataclasses.replace(CONVOLUTIONAL, image_size=256)))
         image = torch.zeros(1, 3, 256, 256)
         changed = image.clone()
         changed[..., 240:, 240:] = 1
         with torch.no_grad():
             pairs = zip(model.encode(image).maps, model.encode(changed).maps, strict=True)
-            (fine, context) = ((a - b).abs().amax(1)[0] for a, b in pairs)
+            context, fine, detail = ((a - b).abs().amax(1)[0] for a, b in pairs)
+        assert [len(x) for x in (context, fine, detail)] == [32, 64, 128]
+        assert detail[:16, :16].min() > 0
         assert fine[:32, :32].max() == 0
         assert fine.max() > 0
         assert context[:16, :16].min() > 0
