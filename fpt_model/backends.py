@@ -40,6 +40,7 @@ def open_engine(
     graphs: str | Path | None,
     providers: Sequence[str],
     strict: bool,
+    compile: bool = False,
 ) -> Active:
     """See :class:`~fpt_model.predictor.FlowPredictor`, which has these arguments."""
     for name, value, choices in (
@@ -62,7 +63,7 @@ def open_engine(
             # what PyTorch has not (fp16, int8) becomes the exact one
             precision = precision if precision in PRECISIONS else "fp32"
             _log.warning("PyTorch runs the model in %s, not ONNX Runtime: %s", precision, error)
-    return Active(TorchEngine(model, device, precision), "torch", precision)
+    return Active(TorchEngine(model, device, precision, compile), "torch", precision)
 
 
 def _open_onnx(

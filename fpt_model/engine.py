@@ -8,6 +8,7 @@ callers hold it and hand it back.
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -27,7 +28,9 @@ from fpt_model.model import (
 Array = NDArray[np.float32]
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-_QUERY_CHUNK = 4096  # queries in one pass; bounds memory, does not change results
+# queries in one pass; bounds memory, does not change results. Twice as many make temporaries that
+# the allocator takes from the system anew each time, half as many do not keep the cores busy.
+_QUERY_CHUNK = 2048
 
 
 class BackendError(RuntimeError):
@@ -83,10 +86,14 @@ class TorchEngine:
 
     providers: tuple[str, ...] = ()
 
-    def __init__(self, model: FlowPokeTransformer, device: str, precision: str) -> None:
+    def __init__(
+        self, model: FlowPokeTransformer, device: str, precision: str, compile: bool = False
+    ) -> None:
         self._device = torch.device(device)
         self.device = str(self._device)
         self.model = prepare(model, self._device, PRECISIONS[precision])
+        if compile:
+            compile_layers(self.model)
 
     @torch.inference_mode()
     def encode(self, image: Array) -> ImageFeatures:
@@ -141,7 +148,7 @@ class FoldedRMSNorm(nn.Module):
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
         factor = torch.rsqrt(norm.square() / x.shape[-1] + AdaRMSNorm.EPS)
         scale = self.scales[camera_static][:, None]
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return (x * factor * scale).to(x.dtype)
         return torch.mul(x * factor, scale, out=torch.empty_like(x))
 
@@ -177,3 +184,17 @@ def prepare(
             if buffer is not None:
                 module._buffers[name] = buffer.to(device)
     return out
+
+
+def compile_layers(model: FlowPokeTransformer) -> None:
+    """Let torch.compile fuse what lies between the matrix products of a prepared model's layers.
+
+    All layers share one function. It is compiled for each nature of shapes (none, one or
+    several of hypotheses, pokes, queries) when that is first met: seconds, fewer in later
+    processes.
+    """
+    # the default of 8 natures would leave the ninth to the slow path for good
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    forward = torch.compile(Layer.forward, dynamic=True)
+    for layer in model.layers:
+        layer.forward = partial(forward, layer)  # type: ignore[method-assign]

@@ -72,7 +72,7 @@ def rotated_cosine(x: Tensor, scale: Tensor, rotation: Rotation) -> Tensor:
     a, b = x.chunk(2, dim=-1)
     first = torch.addcmul(a * cos, b, sin, value=-1)
     second = torch.addcmul(b * cos, a, sin)
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return (torch.cat([first, second], -1) * factor).to(x.dtype)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     for part, into in zip((first, second), out.chunk(2, dim=-1), strict=True):

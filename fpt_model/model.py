@@ -169,7 +169,35 @@ class Layer(nn.Module):
         ``past`` are self-attention keys and values of ``known`` earlier pokes, ``hidden [Q, P]`` as
         in :func:`attend_pokes_and_self`. Returns the new ``x``, and ``past`` with the new ones.
         """
-        qkv = self.self_qkv(self.self_norm(x, cond)).chunk(3, -1)
+        attended, kept = self._self_attend(
+            self.self_norm(x, cond), pokes, rotation, past, known, hidden
+        )
+        x = x + self.self_out(attended)
+
+        cq = split_heads(self.cross_q(self.cross_norm(x, cond)), self.heads)
+        cq = rotated_cosine(cq, self.cross_scale, rotation)
+        # no output projection here: the public implementation has one but never applies it
+        x = x + merge_heads(self._cross_attend(cq, memory))
+
+        value, gate = self.ffn_up(self.ffn_norm(x, cond)).chunk(2, -1)
+        return x + self.ffn_down(value * F.silu(gate)), kept
+
+    def _self_attend(
+        self,
+        x: Tensor,
+        pokes: int,
+        rotation: Rotation,
+        past: KeyValue | tuple[None, None],
+        known: int,
+        hidden: Tensor | None,
+    ) -> tuple[Tensor, KeyValue]:
+        """What the normed ``x [B, T, W]`` attends to, before the output projection."""
+        if not pokes and not known:  # each query has only itself to attend to
+            k, v = past
+            if k is None or v is None:
+                k = v = x.new_empty(len(x), self.heads, 0, x.shape[-1] // self.heads)
+            return F.linear(x, self.self_qkv.weight.chunk(3)[2]), (k, v)
+        qkv = self.self_qkv(x).chunk(3, -1)
         q, k, v = (split_heads(t, self.heads) for t in qkv)
         q, k = (rotated_cosine(t, self.self_scale, rotation) for t in (q, k))
         kept = append(past[0], known, k[:, :, :pokes]), append(past[1], known, v[:, :, :pokes])
@@ -180,15 +208,7 @@ class Layer(nn.Module):
         if x.shape[1] > pokes or not pokes:
             qq, qk, qv = (t[:, :, pokes:] for t in (q, k, v))
             attended.append(attend_pokes_and_self(qq, qk, qv, seen, hidden))
-        x = x + self.self_out(merge_heads(torch.cat(attended, 2)))
-
-        cq = split_heads(self.cross_q(self.cross_norm(x, cond)), self.heads)
-        cq = rotated_cosine(cq, self.cross_scale, rotation)
-        # no output projection here: the public implementation has one but never applies it
-        x = x + merge_heads(self._cross_attend(cq, memory))
-
-        value, gate = self.ffn_up(self.ffn_norm(x, cond)).chunk(2, -1)
-        return x + self.ffn_down(value * F.silu(gate)), kept
+        return merge_heads(torch.cat(attended, 2)), kept
 
     @staticmethod
     def _cross_attend(q: Tensor, memory: KeyValue) -> Tensor:

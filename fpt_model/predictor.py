@@ -77,6 +77,9 @@ class FlowPredictor:
         strict: raise a :class:`BackendError` where otherwise something else
             than asked runs the model: PyTorch when ONNX Runtime or its graphs cannot be had,
             another provider when the first cannot. The logger "fpt_model" warns of it.
+        compile: of "torch": fuse operations by torch.compile, which needs a C++ compiler. Large
+            grids are twice as fast; shapes of a new nature (the first poke, the first batch) take
+            seconds when first asked about.
 
     Attributes:
         backend, precision, device, providers: what really runs the model.
@@ -94,8 +97,9 @@ class FlowPredictor:
         graphs: str | Path | None = None,
         providers: Sequence[str] = ("cpu",),
         strict: bool = False,
+        compile: bool = False,
     ) -> None:
-        active = open_engine(model, backend, device, precision, graphs, providers, strict)
+        active = open_engine(model, backend, device, precision, graphs, providers, strict, compile)
         self.engine, self.backend, self.precision = active.engine, active.backend, active.precision
         self.device, self.providers = self.engine.device, self.engine.providers
         self.config = model.config

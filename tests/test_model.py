@@ -4,6 +4,7 @@
 import dataclasses
 import json
 import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -457,6 +458,26 @@ class TestPredictor:
             cropping.encode(wide), left + half * self.POS, half * self.FLOW, left + half * queries
         )
         assert_mixtures_close(cropped, expected.scaled(*half))
+
+    def test_compiled_layers_change_nothing(
+        self, predictor: FlowPredictor, model: FlowPokeTransformer, image: np.ndarray
+    ) -> None:
+        if not (shutil.which("g++") or shutil.which("clang++")):
+            pytest.skip("torch.compile needs a C++ compiler")
+        compiled = FlowPredictor(model, compile=True)
+        scene, other = predictor.encode(image), compiled.encode(image)
+        queries = np.random.default_rng(0).random((50, 2))
+        for count in (0, 2):
+            pos, flow = (
+                np.reshape(self.POS, (-1, 2))[:count],
+                np.reshape(self.FLOW, (-1, 2))[:count],
+            )
+            expected = predictor.predict(scene, pos, flow, queries)
+            assert_mixtures_close(compiled.predict(other, pos, flow, queries), expected, 1e-4)
+        both = [self.POS, self.POS[::-1]], [self.FLOW, self.FLOW[::-1]], queries
+        expected = predictor.predict_batch(scene, *both)
+        assert_mixtures_close(compiled.predict_batch(other, *both), expected, 1e-4)
+        assert compiled.engine.model.layers[0].forward is not model.layers[0].forward
 
     def test_bf16_is_close(self, model: FlowPokeTransformer, image: np.ndarray) -> None:
         queries = geometry.grid((4, 4))
