@@ -276,14 +276,18 @@ class FptNode(LifecycleNode):
                 graphs=self._value("graphs") or None,
                 providers=self._value("providers").split(","),
                 strict=self._value("strict_backend"),
+                compile=self._value("compile"),
             )
         if predictor.config.flow_dim != 2:
             raise ValueError(
                 f"expected a model of planar flow, this has {predictor.config.flow_dim}"
             )
-        # The first call is slow; it must not be the first image's.
+        # The first calls are slow, when compiling with any number of pokes of another nature. They
+        # must not be the first image's.
         image = np.zeros((predictor.config.image_size, predictor.config.image_size, 3), np.uint8)
-        predictor.dense(predictor.encode(image), np.zeros((0, 2)), np.zeros((0, 2)), size=(8, 8))
+        scene = predictor.encode(image)
+        for pokes in range(3 if self._value("compile") else 1):
+            predictor.dense(scene, np.zeros((pokes, 2)), np.zeros((pokes, 2)), size=(8, 8))
         return predictor
 
     @contextmanager

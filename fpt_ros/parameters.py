@@ -61,6 +61,13 @@ FPT_PARAMETERS: tuple[Spec, ...] = (
         choices=("fp32", "bf16", "fp16", "int8"),
         fixed=True,
     ),
+    Spec(
+        "compile",
+        False,
+        "Of torch: fuse operations with a C++ compiler. Dense outputs come in half the time, "
+        "configuring takes longer, most of all the first time.",
+        fixed=True,
+    ),
     Spec("threads", 0, "CPU threads of the model; 0: the backend's default.", 0, 256, fixed=True),
     Spec(
         "image_transport",
