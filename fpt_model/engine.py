@@ -8,6 +8,7 @@ callers hold it and hand it back.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from functools import partial
 from typing import Any, Protocol
 
@@ -195,6 +196,15 @@ def compile_layers(model: FlowPokeTransformer) -> None:
     """
     # the default of 8 natures would leave the ninth to the slow path for good
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-    forward = torch.compile(Layer.forward, dynamic=True)
-    for layer in model.layers:
-        layer.forward = partial(forward, layer)  # type: ignore[method-assign]
+    blocks: list[tuple[Iterable[nn.Module], bool]] = [
+        (model.layers, True),
+        (model.embed.blocks, True),
+        ([model.head], True),
+    ]
+    if model.encoder.convolutional:
+        blocks.append((model.encoder.context.blocks, False))  # tokens of one image
+    for modules, varying in blocks:
+        forward = None
+        for module in modules:
+            forward = forward or torch.compile(type(module).forward, dynamic=varying)
+            module.forward = partial(forward, module)

@@ -138,19 +138,26 @@ class FlowMixture:
         ``sqrt(|mu - x|^2 + tr Sigma)``, its bound by Jensen's inequality; the sum is convex and
         falls with every step of Weiszfeld's (1937) iteration.
         """
-        weights = self.weights
-        spread = np.sum(np.square(self.scale_tril), axis=(-1, -2))  # [..., K]
+        k, d = self.components, self.dims
+        # components first: numpy is slow along short last axes
+        weights = np.ascontiguousarray(self.weights.reshape(-1, k).T)  # [K, N]
+        means = np.ascontiguousarray(self.means.reshape(-1, k, d).T)  # [D, K, N]
+        tril = self.scale_tril.reshape(-1, k, d * d)
+        spread = np.ascontiguousarray(np.einsum("nki,nki->kn", tril, tril))
 
-        def distance(x: Array) -> Array:
-            return np.sqrt(np.sum(np.square(self.means - x[..., None, :]), -1) + spread)
+        def distance(x: Array) -> Array:  # of [D, N]: [K, N]
+            squares = spread.copy()
+            for mean, axis in zip(means, x, strict=True):
+                squares += np.square(mean - axis)
+            return np.sqrt(squares, out=squares)
 
-        candidates = np.stack([distance(self.means[..., k, :]) for k in range(self.components)], -2)
-        best = np.argmin(np.einsum("...jk,...k->...j", candidates, weights), -1)
-        x = np.take_along_axis(self.means, best[..., None, None], -2)[..., 0, :]
+        cost = [np.sum(weights * distance(means[:, j]), 0) for j in range(k)]
+        best = np.argmin(cost, 0)
+        x = np.take_along_axis(means, best[None, None], 1)[:, 0]
         for _ in range(_MEDIAN_STEPS):
             pull = weights / distance(x)
-            x = np.einsum("...k,...kd->...d", pull, self.means) / pull.sum(-1)[..., None]
-        return x
+            x = np.sum(pull * means, 1) / np.sum(pull, 0)
+        return np.ascontiguousarray(x.T).reshape(*self.shape, d)
 
     def reduce(self, how: Reduce) -> Array:
         """``[..., D]``: one motion a point, by the method of that name; ValueError for others."""
@@ -219,9 +226,38 @@ class FlowMixture:
         With ``M = L1^-1 L0`` and ``d = L1^-1 (mu1 - mu0)``:
         ``0.5 (|M|_F^2 + |d|^2 - D) + ln det L1 - ln det L0``.
         """
-        l1 = other.scale_tril[..., None, :, :, :]
-        d = _solve_lower(l1, other.means[..., None, :, :] - self.means[..., :, None, :])
-        l0 = self.scale_tril[..., :, None, :, :]
-        frobenius = sum(np.sum(_solve_lower(l1, l0[..., i]) ** 2, -1) for i in range(self.dims))
-        log_det = other._log_det()[..., None, :] - self._log_det()[..., :, None]
-        return 0.5 * (frobenius + np.sum(d * d, -1) - self.dims) + log_det
+        # pairs first, points last: numpy is slow along short last axes
+        rank = max(len(self.shape), len(other.shape))
+        (mean0, tril0, det0), (mean1, tril1, det1) = (
+            _points_last(rank, axis, m.means, m.scale_tril, m._log_det()[..., None])
+            for m, axis in ((self, 1), (other, 0))
+        )
+        squares = np.zeros(())
+        for column in (None, *range(self.dims)):  # of M; None: d
+            solved: list[Array] = []
+            for i in range(self.dims):
+                if column is not None and i < column:
+                    solved.append(np.zeros(()))  # M is lower triangular
+                    continue
+                right = mean1[i] - mean0[i] if column is None else tril0[i, column]
+                for j, known in enumerate(solved):
+                    right = right - tril1[i, j] * known
+                solved.append(right / tril1[i, i])
+                squares = squares + np.square(solved[-1])
+        divergence = 0.5 * (squares - self.dims) + det1[0] - det0[0]  # [K, K', ...]
+        return np.moveaxis(divergence, (0, 1), (-2, -1))
+
+
+def _points_last(rank: int, axis: int, *arrays: Array) -> list[Array]:
+    """``[..., K, *D]`` each to contiguous ``[*D, K, 1, ...]`` (``axis`` 1) or ``[*D, 1, K, ...]``.
+
+    ``rank`` is the number of axes ``...`` of the result, so that those of two mixtures broadcast.
+    """
+    count = arrays[0].ndim - 2  # means come first
+    out = []
+    for array in arrays:
+        padded = array.reshape((1,) * (rank - count) + array.shape)
+        own = tuple(range(rank + 1, padded.ndim))
+        moved = padded.transpose(*own, rank, *range(rank))
+        out.append(np.expand_dims(np.ascontiguousarray(moved), len(own) + axis))
+    return out

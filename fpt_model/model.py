@@ -261,10 +261,14 @@ class TokenEmbedding(nn.Module):
         motion = torch.cat([phase.sin(), phase.cos()], -1).flatten(2)  # [B, P, D * W]
         pos = torch.cat([poke_pos, query_pos], 1)
         local = sample_maps(maps, pos, self.align_corners)
-        token = self.query_token.to(local.dtype).expand(*query_pos.shape[:2], -1)
-        kind = torch.cat([motion.to(local.dtype), token], 1)
         place = position_features(pos, self.position_bands).to(local.dtype)
-        x = self.project(torch.cat([kind, place, local], -1))
+        # what all queries have in common is multiplied once
+        own, shared = self.project.weight.split(
+            [motion.shape[-1], place.shape[-1] + local.shape[-1]], 1
+        )
+        token = F.linear(self.query_token.to(own.dtype), own).expand(*query_pos.shape[:2], -1)
+        kind = torch.cat([F.linear(motion.to(local.dtype), own), token], 1)
+        x = kind + F.linear(torch.cat([place, local], -1), shared)
         for block in self.blocks:
             x = x + block(x)
         return x
