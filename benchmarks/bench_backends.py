@@ -12,11 +12,8 @@ architecture with random weights; speed does not depend on them.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import platform
 import statistics
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable
@@ -27,6 +24,7 @@ import numpy as np
 import onnxruntime
 import torch
 from bench_engine import build
+from report import where
 
 from fpt_model import FlowPokeTransformer, FlowPredictor
 from fpt_model.export import export
@@ -145,19 +143,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         graphs = args.graphs or export(model, Path(folder), args.precision).folder
         rows = measure(model, graphs, args.precision, args.providers.split(","), args.seconds)
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    where = {
-        "date": datetime.date.today().isoformat(),
-        "commit": commit,
-        "model": args.model,
-        "machine": f"{platform.machine()}, {args.threads} threads, torch {torch.__version__}, "
-        f"onnxruntime {onnxruntime.__version__}",
-    }
-    print(", ".join(f"{k} {v}" for k, v in where.items()) + "\n\n" + table(rows))
+    run = where(
+        args.threads,
+        model=args.model,
+        torch=torch.__version__,
+        onnxruntime=onnxruntime.__version__,
+    )
+    print(", ".join(f"{k} {v}" for k, v in run.items()) + "\n\n" + table(rows))
     if args.out:
-        content = where | {"rows": [asdict(r) | {"ratio": r.ratio} for r in rows]}
+        content = run | {"rows": [asdict(r) | {"ratio": r.ratio} for r in rows]}
         args.out.write_text(json.dumps(content, indent=1) + "\n")
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Latency, work and memory of the engine, row by row, on this machine.
 
-    python benchmarks/bench_engine.py --models fpt-tiny fpt-base --precision bf16 --baseline
+    python benchmarks/bench_engine.py --models fpt-tiny fpt-base --compile --baseline
 
 ``fpt-base`` is the published architecture with random weights; speed does not depend on them. Each
 row tells the floating-point operations of its matrix products and convolutions, the bytes its
@@ -9,20 +9,18 @@ operations read and write, and which part of what this machine can do that is: t
 operations over the measured matmul rate and bytes over the measured copy rate, over the time.
 Operations that stay in a processor's cache can come out above one.
 
-``--baseline`` runs, beside the engine and in the same process, what one would write first: the
-plain model under autocast, with nothing kept but the image's feature map.
+``--compile`` runs the engine with compiled layers as well. ``--baseline`` runs, beside the engine
+and in the same run, what one would write first: the plain model under autocast, with nothing kept
+but the image's feature map. Memory is a process's peak while it predicts, with libraries and
+weights, without what loading them took.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import multiprocessing
-import platform
-import resource
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -31,6 +29,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from report import forget_peak, peak_gb, where
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -52,7 +51,7 @@ class Row:
     model: str
     device: str
     precision: str
-    path: str  # "engine" or "baseline"
+    path: str  # "engine", "compiled" or "baseline"
     task: str
     seconds: float  # median of the repetitions
     gflop: float
@@ -152,9 +151,19 @@ def tasks(
     queries, joint = rng.random((64, 2)), grid((ar_side, ar_side))
     one, some, all_ = (pos[0, :1], flow[0, :1]), (pos[0], flow[0]), (pos, flow)
     calls: dict[str, tuple[Callable[[], object], float]]
-    if path == "engine":
-        p = FlowPredictor(model, device=device, precision=precision)  # type: ignore[arg-type]
+    if path != "baseline":
+        p = FlowPredictor(
+            model,
+            device=device,
+            precision=precision,  # type: ignore[arg-type]
+            compile=path == "compiled",
+        )
         scene = p.encode(image)
+
+        def flow_and_mask() -> object:
+            own = p.encode(image)
+            dense = p.predict(own, *one, grid((64, 64)))
+            return dense.reduce("median"), p.influence_of(own, dense, (64, 64))
 
         def fresh(call: Callable[[], object]) -> Callable[[], object]:
             """Without the pokes of the call before: each repetition runs its own."""
@@ -167,6 +176,8 @@ def tasks(
 
         calls = {
             "encode": (lambda: p.encode(image), 1),
+            "image to 64 queries": (lambda: p.predict(p.encode(image), *one, queries), 1),
+            "image to flow and mask": (flow_and_mask, 1),
             "1 query, 1 poke": (fresh(lambda: p.predict(scene, *one, queries[:1])), 1),
             "64 queries": (fresh(lambda: p.predict(scene, *some, queries)), 1),
             "dense 64x64": (fresh(lambda: p.predict(scene, *some, grid((64, 64)))), 1),
@@ -219,8 +230,14 @@ def measure(job: tuple[str, str, str, str, int, int]) -> tuple[list[Row], float]
     torch.set_num_threads(threads)
     flops, copy = ceilings(device, PRECISIONS[precision])
     rows = []
-    for task, (call, factor) in tasks(build(name), device, precision, path, ar_side).items():
-        duration = seconds(call, device) * factor
+    calls = tasks(build(name), device, precision, path, ar_side)
+    forget_peak()
+    timed = {task: seconds(call, device) * factor for task, (call, factor) in calls.items()}
+    peak = peak_gb()
+    if path == "compiled":  # what is compiled cannot be counted; the work is the same
+        calls = tasks(build(name), device, precision, "engine", ar_side)
+    for task, (call, factor) in calls.items():
+        duration = timed[task]
         with FlopCounterMode(display=False) as counted, ByteCounter() as moved:
             call()
         work, traffic = counted.get_total_flops() * factor, moved.total * factor
@@ -229,23 +246,23 @@ def measure(job: tuple[str, str, str, str, int, int]) -> tuple[list[Row], float]
             Row(name, device, precision, path, task, duration, work / 1e9, traffic / 1e9, share)
         )
         print(f"  {name} {precision} {path} {task}: {duration * 1e3:.1f} ms", flush=True)
-    return rows, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return rows, peak
 
 
 def table(rows: list[Row]) -> str:
     """Markdown; the baseline's rows give ratios in those of the engine."""
     slow = {(r.model, r.precision, r.task): r.seconds for r in rows if r.path == "baseline"}
     lines = [
-        "| model | precision | task | ms | GFLOP | GB moved | of ceiling | baseline / engine |",
-        "|---|---|---|---|---|---|---|---|",
+        "| model | precision | path | task | ms | GFLOP | GB moved | of ceiling | speed-up |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
-        if r.path == "engine":
+        if r.path != "baseline":
             base = slow.get((r.model, r.precision, r.task))
             ratio = f"{base / r.seconds:.1f}" if base else "not run"
             lines.append(
-                f"| {r.model} | {r.precision} | {r.task} | {r.seconds * 1e3:.1f} | {r.gflop:.2f} "
-                f"| {r.gbyte:.2f} | {r.ceiling:.2f} | {ratio} |"
+                f"| {r.model} | {r.precision} | {r.path} | {r.task} | {r.seconds * 1e3:.1f} "
+                f"| {r.gflop:.2f} | {r.gbyte:.2f} | {r.ceiling:.2f} | {ratio} |"
             )
     return "\n".join(lines)
 
@@ -260,35 +277,30 @@ def main() -> None:
     )
     parser.add_argument("--precision", nargs="+", default=list(PRECISIONS), choices=PRECISIONS)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--compile", action="store_true", help="run with compiled layers too")
     parser.add_argument("--baseline", action="store_true", help="run the plain path beside it")
     parser.add_argument("--joint", type=int, default=32, help="side of the jointly drawn grid")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, help="write the rows as JSON")
     args = parser.parse_args()
+    paths = ["engine"] + ["compiled"] * args.compile + ["baseline"] * args.baseline
     rows: list[Row] = []
     memory: dict[str, float] = {}
     for name in args.models:
         for precision in args.precision:
-            for path in ("engine", "baseline") if args.baseline else ("engine",):
+            for path in paths:
                 job = (name, args.device, precision, path, args.joint, args.threads)
                 # a process each, for its peak memory
                 with multiprocessing.get_context("spawn").Pool(1) as pool:
                     found, peak = pool.apply(measure, (job,))
                 rows += found
                 memory[f"{name} {precision} {path}"] = peak
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    where = {
-        "date": datetime.date.today().isoformat(),
-        "commit": commit,
-        "machine": f"{platform.machine()}, {args.threads} threads, torch {torch.__version__}",
-    }
-    print("\n" + ", ".join(f"{k} {v}" for k, v in where.items()) + "\n\n" + table(rows) + "\n")
+    run = where(args.threads, torch=torch.__version__)
+    print("\n" + ", ".join(f"{k} {v}" for k, v in run.items()) + "\n\n" + table(rows) + "\n")
     for key, value in memory.items():
-        print(f"peak memory, {key}: {value:.2f} GB")
+        print(f"peak memory, {key}: {value:.2f} GiB")
     if args.out:
-        report = where | {"rows": [asdict(r) for r in rows], "peak_gb": memory}
+        report = run | {"rows": [asdict(r) for r in rows], "peak_gb": memory}
         args.out.write_text(json.dumps(report, indent=1) + "\n")
 
 

@@ -19,10 +19,8 @@ quarter of the load and its end.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
-import platform
 import random
 import signal
 import statistics
@@ -49,6 +47,7 @@ from lifecycle_msgs.srv import ChangeState, GetState
 from rclpy.action import ActionClient
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.qos import QoSProfile, ReliabilityPolicy
+from report import where
 from sensor_msgs.msg import Image
 from std_msgs.msg import Header
 
@@ -356,16 +355,11 @@ def main() -> int:
     parser.add_argument("--max-growth", type=float, default=50.0, help="of memory under load, MB")
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     args = parser.parse_args()
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    report: dict[str, Any] = {
-        "date": datetime.date.today().isoformat(),
-        "commit": commit,
-        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",
-        "model": args.model,
-        "images": f"{args.width}x{args.height} at {args.rate:g} Hz",
-    }
+    report: dict[str, Any] = where(
+        os.cpu_count() or 1,
+        model=args.model,
+        images=f"{args.width}x{args.height} at {args.rate:g} Hz",
+    )
     domain, claim = environment.claim_domain_id()
     os.environ["ROS_DOMAIN_ID"] = str(domain)
     rclpy.init()

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: MIT
+"""What the benchmarks' tables have in common: where and when they were measured."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import gc
+import platform
+import resource
+import subprocess
+from pathlib import Path
+
+
+def where(threads: int, **more: str) -> dict[str, str]:
+    """Date, commit and machine of a run, and ``more``."""
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout.strip()
+    return {
+        "date": datetime.date.today().isoformat(),
+        "commit": commit,
+        "machine": f"{_processor()}, {threads} threads",
+    } | more
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    for line in info.read_text().splitlines() if info.is_file() else []:
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+def forget_peak() -> None:
+    """Let :func:`peak_gb` speak of what comes from here on, where the system can (Linux)."""
+    gc.collect()
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # see proc(5)
+
+
+def peak_gb() -> float:
+    """The process's largest resident memory, in GiB."""
+    try:
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) / 2**20
+    except (OSError, IndexError, ValueError):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
