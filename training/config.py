@@ -19,10 +19,14 @@ class DataConfig:
     """How stored simulation samples become training examples."""
 
     # a group of queries for each entry, which sees that many of the image's pokes; few pokes are
-    # both the harder task and the one users have, so they get the more queries
+    # both the harder task and the one users have, so they get the more queries. A number n means
+    # 0, 1, ... n - 1, as in the paper
     visible_pokes: tuple[int, ...] = (0, 1, 1, 1, 1, 2, 2, 3, 4, 6, 10, 16)
     queries_per_group: int = 12
     futures_per_image: int = 1  # of one crop, encoded once: encoding dominates a step's cost
+    # about so large a share of an image's shown futures has a moving camera, where it has such and
+    # others stored; None: as stored
+    moving_camera: float | None = None
     segment_points: int = 0  # points whose rigid body is told, for an auxiliary loss
     # motions
     # frames from the picture to the end of its motion, in shards of tracked videos; theirs alone
@@ -52,7 +56,9 @@ class DataConfig:
     jpeg: float = 0.3  # compression
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "visible_pokes", tuple(self.visible_pokes))
+        counts = self.visible_pokes
+        counts = range(counts) if isinstance(counts, int) else counts
+        object.__setattr__(self, "visible_pokes", tuple(counts))
         if not self.visible_pokes or min(self.visible_pokes) < 0:
             raise ValueError(f"visible_pokes must be counts >= 0, received {self.visible_pokes}")
         for name, least in (
@@ -63,6 +69,8 @@ class DataConfig:
         ):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be >= {least}, received {getattr(self, name)}")
+        if self.moving_camera is not None and not 0 <= self.moving_camera <= 1:
+            raise ValueError(f"moving_camera must be in [0, 1], received {self.moving_camera}")
 
     def without_augmentation(self) -> DataConfig:
         """The same pokes and queries on whole, clean images with true motions, for validation."""
@@ -84,7 +92,7 @@ class DataConfig:
 class OptimConfig:
     """Optimisation; see training.train."""
 
-    batch_size: int = 32
+    batch_size: int = 32  # images of a step, of all processes together
     steps: int = 1000
     learning_rate: float = 1e-3
     encoder_learning_rate: float = 3e-4
@@ -101,7 +109,8 @@ class OptimConfig:
     segment_weight: float = 0.0
     ema_decay: float = 0.999
     frozen_encoder_stages: int = 0  # leading stages of a convolutional encoder left as they are
-    pretrained_encoder: bool = False  # start from ImageNet weights, see training.pretrained
+    # the encoder starts from ImageNet weights (true) or those in a file, see training.pretrained
+    pretrained_encoder: bool | str = False
     # go on from a shipped model's name or file; see training.train.start_from for what may differ
     start_from: str | None = None
     # of the weight matrices inside transformer blocks: "muon" (Jordan et al. 2024) gives all their
@@ -120,8 +129,8 @@ class OptimConfig:
             raise ValueError(f'optimiser must be "adamw" or "muon", received {self.optimiser!r}')
         if self.pretrained_encoder and self.start_from:
             raise ValueError(
-                "pretrained_encoder and start_from exclude each other, received true and "
-                f"{self.start_from!r}"
+                "pretrained_encoder and start_from exclude each other, received "
+                f"{self.pretrained_encoder!r} and {self.start_from!r}"
             )
 
 
@@ -152,8 +161,12 @@ class RunConfig:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], overrides: list[str] | None = None) -> RunConfig:
-        """Read a YAML file; ``overrides`` are ``section.key=value`` with YAML values."""
-        values = yaml.safe_load(Path(path).read_text())
+        """Read a YAML file; ``overrides`` are ``section.key=value`` with YAML values.
+
+        A file may name another one, beside it, that it ``extends``: what it does not give is as
+        there.
+        """
+        values = _read(Path(path))
         for item in overrides or []:
             name, _, value = item.partition("=")
             section, _, key = name.partition(".")
@@ -161,6 +174,22 @@ class RunConfig:
                 raise ValueError(f"expected section.key=value, received {item!r}")
             values.setdefault(section, {})[key] = yaml.safe_load(value)
         return cls.from_dict(values)
+
+
+def _read(path: Path, *extended_by: Path) -> dict[str, Any]:
+    """The sections of a YAML file and of those that it extends."""
+    if path in extended_by:
+        raise ValueError(f"{path} extends itself by way of {[str(p) for p in extended_by]}")
+    values = yaml.safe_load(path.read_text())
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold sections, received {values!r}")
+    parent = values.pop("extends", None)
+    sections = _read(path.parent / parent, *extended_by, path) if parent else {}
+    for name, entries in values.items():
+        if not isinstance(entries, dict):
+            raise ValueError(f"{path}: section {name} must hold keys, received {entries!r}")
+        sections[name] = {**sections.get(name, {}), **entries}
+    return sections
 
 
 def _section(cls: type, values: dict[str, Any]) -> Any:

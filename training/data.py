@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from fpt_model.encoder import resize_square
 from fpt_model.geometry import (
@@ -274,8 +274,7 @@ def make_example(
         return np.stack([index % size[1], index // size[1]], -1)
 
     count, groups = config.pokes, len(config.visible_pokes)
-    scarce = sample.futures < config.futures_per_image
-    futures = rng.choice(sample.futures, config.futures_per_image, replace=scarce)
+    futures = choose_futures(sample.camera_static, config, rng)
     moves = sample.moving
     static = sample.camera_static[futures] & (rng.random(len(futures)) >= config.hide_static_flag)
     placed, moved = [], []
@@ -320,6 +319,18 @@ def make_example(
         bodies,
         config,
     )
+
+
+def choose_futures(
+    static: NDArray[np.bool_], config: DataConfig, rng: np.random.Generator
+) -> NDArray[np.intp]:
+    """Of the futures of an image, of which ``static [F]`` have a still camera, those to show."""
+    count, probability = config.futures_per_image, None
+    if config.moving_camera is not None and static.any() and not static.all():
+        share = config.moving_camera
+        probability = np.where(static, (1 - share) / static.sum(), share / (~static).sum())
+    possible = len(static) if probability is None else np.count_nonzero(probability)
+    return rng.choice(len(static), count, replace=possible < count, p=probability)
 
 
 def observed(
@@ -411,14 +422,44 @@ class ExampleDataset(Dataset[Example]):
         return self.shards.example(index, side, self.config.data, rng)
 
 
-def training_batches(
-    dataset: ExampleDataset, batch_size: int, first_step: int, steps: int, workers: int = 1
+class Share(Sampler[int]):
+    """The example numbers of one of ``world`` processes, in the steps ``first`` to ``last - 1``.
+
+    Step s is of the numbers from ``s * batch_size`` on, whatever the number of processes: each has
+    its part of them, and one after the other they are the whole.
+
+    Raises ValueError for a batch that cannot be split evenly.
+    """
+
+    def __init__(
+        self, batch_size: int, first: int, last: int, rank: int = 0, world: int = 1
+    ) -> None:
+        if batch_size % world:
+            raise ValueError(
+                "optim.batch_size, which is that of all processes together, must be a multiple of "
+                f"their number, received {batch_size} for {world} processes"
+            )
+        self.batch_size, self.steps = batch_size, range(first, last)
+        self.local = batch_size // world  # of one process
+        self.offset = rank * self.local
+
+    def __len__(self) -> int:
+        return len(self.steps) * self.local
+
+    def __iter__(self) -> Iterator[int]:
+        for step in self.steps:
+            begin = step * self.batch_size + self.offset
+            yield from range(begin, begin + self.local)
+
+
+def load_batches(
+    dataset: ExampleDataset, numbers: Sampler[int] | range, batch_size: int, workers: int
 ) -> Iterator[Example]:
-    """The batches of steps ``first_step`` to ``steps - 1``."""
+    """Examples of ``numbers``, in batches, made by so many processes beside this one."""
     loader = DataLoader(
         dataset,
         batch_size=batch_size,
-        sampler=range(first_step * batch_size, steps * batch_size),
+        sampler=numbers,
         num_workers=workers,
         prefetch_factor=4 if workers else None,
         worker_init_fn=lambda _: cv2.setNumThreads(0),

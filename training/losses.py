@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: MIT
+"""What a run descends: the likelihood of motions, and which points belong to one rigid body."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fpt_model import FlowPokeTransformer
+from fpt_model.layers import sample_maps
+from fpt_model.model import negative_log_likelihood
+from training.config import RunConfig
+from training.data import Example
+
+
+class Learner(nn.Module):
+    """The model with the auxiliary task of a run: which points belong to one rigid body.
+
+    Simulation knows the answer for every pixel, motion shows it for what happens to move. Points
+    are embedded linearly from the maps that the model's tokens sample, and two belong together the
+    more the smaller the angle between their embeddings.
+    """
+
+    def __init__(self, model: FlowPokeTransformer, width: int = 32) -> None:
+        super().__init__()
+        self.model = model
+        self.embedding = nn.Linear(sum(model.encoder.dims), width, bias=False)
+        self.scale = nn.Parameter(torch.tensor(5.0))
+        self.bias = nn.Parameter(torch.tensor(-2.0))
+
+    def forward(self, image: Tensor, batch: Example, visible: Tensor) -> tuple[Tensor, Tensor]:
+        """Raw head outputs ``[B * F, G, n, raw_dim]`` and logits ``[B, M, M]`` of pairs of points.
+
+        ``image [B, 3, S, S]`` in [-1, 1].
+        """
+        groups, n = batch.query_pos.shape[2:4]
+        features = self.model.encode(image)
+        raw = self.model.forward_raw(
+            features,
+            batch.poke_pos.flatten(0, 1),
+            batch.poke_flow.flatten(0, 1),
+            batch.query_pos.flatten(0, 1).flatten(1, 2),
+            batch.camera_static.flatten(),
+            visible.repeat_interleave(n),
+        )
+        points = sample_maps(
+            features.maps, batch.segment_pos, self.model.config.sample_align_corners
+        )
+        e = F.normalize(self.embedding(points).float(), dim=-1)
+        logits = self.scale * (e @ e.transpose(-1, -2)) + self.bias
+        return raw.unflatten(1, (groups, n)), logits
+
+
+class Terms(NamedTuple):
+    """A loss over some examples, as a sum. Sums over parts of a batch add up to that of all."""
+
+    sum: Tensor  # [], float64
+    count: Tensor  # [], float64: how many terms it is of
+
+    @classmethod
+    def of(cls, values: Tensor) -> Terms:
+        """Of values ``[...]``, those that are not NaN."""
+        known = values[~values.isnan()].double()
+        return cls(known.sum(), known.new_tensor(known.numel()))
+
+
+def robust(nll: Tensor, config: RunConfig) -> Tensor:
+    """NLL ``[...]`` under the mixture with an outlier component, uniform over ``[-1, 1]^D``."""
+    share = config.optim.outlier_share
+    if share == 0:
+        return nll
+    outlier = math.log(share) - config.model.flow_dim * math.log(2)
+    return -torch.logaddexp(math.log1p(-share) - nll, torch.full_like(nll, outlier))
+
+
+def motion_loss(raw: Tensor, batch: Example, config: RunConfig) -> Terms:
+    """NLL in nats of the supervised queries, of raw outputs ``[B, F, G, n, raw_dim]``."""
+    known = ~batch.query_flow.isnan().any(-1)
+    nll = negative_log_likelihood(raw[known], batch.query_flow[known], config.model)
+    # unlike Terms.of, a NaN of the model's must not go unnoticed
+    return Terms(robust(nll, config).sum(), nll.new_tensor(nll.numel()))
+
+
+def segment_loss(logits: Tensor, body: Tensor) -> Terms:
+    """Binary cross-entropy of pairs ``[B, M, M]`` with at least one point on a body (not static).
+
+    ``body [B, M]`` is the index of the body under a point, 0 for the static world.
+    """
+    together = (body[:, :, None] == body[:, None, :]).float()
+    counted = ((body > 0)[:, :, None] | (body > 0)[:, None, :]).float()
+    loss = F.binary_cross_entropy_with_logits(logits, together, reduction="none")
+    # also without any points a function of the logits: each process must use all parameters
+    return Terms((loss * counted).sum().double(), counted.sum().double())
