@@ -21,8 +21,8 @@ from training.config import DataConfig, RunConfig
 from training.data import (
     Crop,
     ExampleDataset,
-    Share,
     Shards,
+    Share,
     load_batches,
     make_example,
     random_crop,
@@ -224,6 +224,20 @@ def test_pokes_prefer_what_moves_only_in_informed_examples(data: Path) -> None:
         assert np.abs((1 - still.mean()) - (share * camera + 1 - camera)) < 0.07
 
 
+@pytest.mark.parametrize("share", [None, 0.0, 0.5, 1.0])
+def test_the_share_of_moving_cameras(share: float | None) -> None:
+    static = np.array([True] * 7 + [False])
+    config, rng = DataConfig(moving_camera=share, futures_per_image=2), np.random.default_rng(0)
+    shown = [choose_futures(static, config, rng) for _ in range(400)]
+    moving = np.mean([~static[futures] for futures in shown])
+    assert moving == pytest.approx({None: 1 / 8, 0.0: 0, 0.5: 0.43, 1.0: 1}[share], abs=0.05)
+    if share != 1:  # of which there is one only
+        assert all(len(set(futures)) == 2 for futures in shown), "no future twice"
+    alike = [choose_futures(static[:7], config, np.random.default_rng(s)) for s in range(9)]
+    plain = [np.random.default_rng(s).choice(7, 2, replace=False) for s in range(9)]
+    assert np.array_equal(alike, plain), "nothing to choose from: as stored"
+
+
 def test_shards_know_their_origin(data: Path, tmp_path: Path) -> None:
     shards = Shards(data, "train")
     assert shards.generator == GENERATOR
@@ -269,6 +283,41 @@ def test_resuming_is_exact(data: Path, run: Path, tmp_path: Path) -> None:
     resumed, whole = parameters(tmp_path), parameters(run)
     for key, value in whole.items():
         assert torch.equal(value, resumed[key]), key
+
+
+def test_checkpoints_of_earlier_versions_resume(data: Path, tmp_path: Path) -> None:
+    """Their layout, written without Fabric, and a configuration without the keys of today."""
+    torch.manual_seed(5)
+    learner, average = (train.Learner(FlowPokeTransformer(CONFIG.model)) for _ in range(2))
+    optimisers = train.make_optimisers(learner, CONFIG.optim)
+    for parameter in learner.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    for optimiser in optimisers:
+        optimiser.step()
+    state = {
+        "learner": learner.state_dict(),
+        "average": average.state_dict(),
+        "optimisers": [o.state_dict() for o in optimisers],
+        "step": 3,
+        "cpu_seconds": 2.5,
+    }
+    torch.save(state, tmp_path / "last.pt")
+    values = CONFIG.to_dict()
+    del values["data"]["moving_camera"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
+    trainer = train.Trainer(CONFIG, data, tmp_path)
+    assert (trainer.step, trainer.cpu_seconds) == (3, 2.5)
+    assert trainer._state().keys() == state.keys()
+    for own, its in ((trainer.learner, learner), (trainer.average, average)):
+        for key, value in its.state_dict().items():
+            assert torch.equal(own.state_dict()[key], value), key
+    momenta = (o.state_dict()["state"] for o in trainer.optimisers)
+    for own, its in zip(momenta, (o["state"] for o in state["optimisers"]), strict=True):
+        assert own.keys() == its.keys()
+        for index, entry in its.items():
+            assert all(torch.equal(own[index][name], value) for name, value in entry.items())
+    trainer.run()
+    assert trainer.step == 4
 
 
 def test_the_run_leaves_a_usable_model(run: Path, data: Path) -> None:
@@ -384,6 +433,7 @@ def test_only_chosen_stages_are_trained() -> None:
         ({"data": {"poke": 3}}, "poke"),
         ({"data": {"futures_per_image": 0}}, "futures_per_image must be >= 1"),
         ({"data": {"horizon_frames": 0}}, "horizon_frames must be >= 1"),
+        ({"data": {"moving_camera": 1.5}}, "moving_camera must be in .* received 1.5"),
         ({"optim": {"precision": "fp8"}}, "fp8"),
     ],
 )

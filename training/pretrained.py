@@ -24,8 +24,8 @@ _TIMM_NAME = "tf_efficientnet_lite0"
 def load_encoder(model: FlowPokeTransformer, file: str) -> None:
     """Copy the weights in ``file`` (.safetensors, or of ``torch.save``) into the encoder.
 
-    They are timm's for that backbone or, of DINOv2, its authors' (``dinov2_vitb14_reg4_pretrain.pth``
-    for vit_base_patch14_reg4_dinov2); vision transformers' position tables are resampled to the
+    They are timm's for that backbone or, of DINOv2, its authors' (of vit_base_patch14_reg4_dinov2
+    ``dinov2_vitb14_reg4_pretrain.pth``). Vision transformers' position tables are resampled to the
     image's size.
 
     Raises FileNotFoundError, and ValueError naming tensors that do not fit.

@@ -37,7 +37,7 @@ Forward = Callable[[Example], tuple[Tensor, Tensor]]
 EXAMPLES = 256
 BATCH = 32
 SCENES = 6  # of the picture
-GRID = 64  # cells of each side of a scene
+GRID = 32  # cells of each side of a scene
 
 _COUNTS = (0, 1, 2, 5, 10, 100)  # of pokes that are reported, where a run has too many counts
 _MAX_COUNTS = 16
