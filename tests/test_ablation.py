@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: MIT
+"""The ablations' command on a few images, and that each listed variant can be trained."""
+
+import json
+import subprocess
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import yaml
+from test_training import CONFIG
+
+from fpt_model import FlowPokeTransformer
+from sim.dataset import GENERATOR, Settings, write_dataset
+from training.config import RunConfig
+
+SCRIPT = Path("benchmarks/ablation.py").resolve()
+TINY = Path("training/configs/tiny.yaml")
+
+
+@pytest.fixture(scope="module")
+def ablation() -> ModuleType:
+    spec = spec_from_file_location("ablation", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    sys.modules["ablation"] = module  # where its dataclasses look for their annotations
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_variant_is_a_run_of_its_own(ablation: ModuleType) -> None:
+    variants = ablation.load_variants(SCRIPT.with_name("ablations.yaml"))
+    assert not variants[0].overrides, "what the others are held against"
+    configs = [ablation.configuration(TINY, v, 1000, ()) for v in variants]
+    assert len({json.dumps(c.to_dict()) for c in configs}) == len(variants)
+    assert len({v.folder for v in variants}) == len(variants)
+    for config in configs:
+        assert config.optim.steps == 1000
+        assert config.optim.seed == configs[0].optim.seed
+        if config.model != configs[0].model:
+            FlowPokeTransformer(config.model)
+    about = " ".join(v.question for v in variants)
+    asked = "ViT from scratch", "patch size", "resolution", "components", "pokes", "EMA", "camera"
+    assert all(word in about for word in asked)
+
+
+def test_from_variants_to_a_table(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        write_dataset(tmp_path, split, 12, Settings(size=64, images_per_shard=12))
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(CONFIG.to_dict()))
+    chosen = "as configured", "1 component"
+    table = tmp_path / "table.md"
+    command = (
+        *(sys.executable, SCRIPT, "--quick", "--variants", *chosen, "--data", tmp_path),
+        *("--config", tmp_path / "small.yaml", "--out", tmp_path / "runs", "--table", table),
+        *("--scenes", 3, "--set", "optim.segment_weight=0.5"),
+    )
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    results = json.loads(table.with_suffix(".json").read_text())
+    assert (results["steps"], results["seed"], results["scenes"]) == (4, 0, 3)
+    assert (results["images"], results["generator"]) == (12, GENERATOR)
+    assert [row["name"] for row in results["rows"]] == list(chosen)
+    mixture, single = results["rows"]
+    assert mixture["parameters"] > single["parameters"] > 0
+    for row in results["rows"]:
+        assert row["cpu_seconds"] >= 0
+        assert 0 < row["epe_over_no_motion"] < 100
+        assert 0 <= row["iou"] <= 1
+    assert single["best_of_two_over_mean"] == pytest.approx(1), "one mode, which is the mean"
+    made = RunConfig.load(tmp_path / "runs" / "1-component" / "config.yaml")
+    assert (made.model.components, made.optim.segment_weight, made.optim.steps) == (1, 0.5, 4)
+    text = table.read_text()
+    assert text in done.stdout
+    assert f"| 1 component | number of components | {single['parameters']:.3f} |" in text
+
+
+def test_unknown_variants_are_named(ablation: ModuleType) -> None:
+    with pytest.raises(ValueError, match="no variant 'bigger'"):
+        ablation.load_variants(SCRIPT.with_name("ablations.yaml"), ["bigger"])
