@@ -148,6 +148,53 @@ def test_causes_count_the_parts_that_were_chosen():
             assert (future.causes > 0) == bool(future.moving.any())
 
 
+def test_shares_of_moving_cameras_several_causes_and_stillness() -> None:
+    futures = []
+    for kind in TRAIN_KINDS:
+        world, rng = Simulator(kind, 3, (64, 64)), np.random.default_rng(1)
+        futures += [world.sample_future(rng, 0.15) for _ in range(60)]
+    camera = [moving_bodies(f.camera_motion) for f in futures]
+    assert np.mean(camera) == pytest.approx(0.15, abs=0.05)
+    assert 0.05 < np.mean([f.causes > 1 for f in futures]) < 0.16
+    assert np.mean([f.causes == 0 for f in futures]) == pytest.approx(0.05, abs=0.03)
+
+
+def test_a_pushed_body_takes_others_along_by_contact() -> None:
+    """What it hits, or what stands on it, moves by the physics, and is no cause."""
+    together = pushes = 0
+    for seed in range(12):
+        world, rng = Simulator("body", seed, (64, 64)), np.random.default_rng(0)
+        for _ in range(8):
+            future = world.sample_future(rng)
+            if future.causes == 1 and future.description.endswith("is pushed"):
+                pushes += 1
+                together += future.moving.sum() > 1
+    assert pushes > 30
+    assert 0.2 < together / pushes < 0.8
+
+
+def test_a_link_takes_the_links_beyond_it_along() -> None:
+    moved = set()
+    for seed in range(6):
+        world, rng = Simulator("arm", seed, (64, 64)), np.random.default_rng(1)
+        for future in (world.sample_future(rng) for _ in range(10)):
+            if future.causes == 1:
+                first = int(np.flatnonzero(future.moving)[0])
+                bodies = range(first, world.number_of_bodies)
+                carried = [b for b in bodies if first in (b, *parents(world, b))]
+                assert np.flatnonzero(future.moving).tolist() == carried
+                moved.add(len(carried))
+    assert {2, 3, 4} <= moved
+
+
+def parents(world: Simulator, body: int) -> set[int]:
+    """All bodies that carry it."""
+    found = set()
+    while body := int(world.model.body_parentid[body]):
+        found.add(body)
+    return found
+
+
 def test_free_bodies_that_no_push_reaches_stay_exactly_where_they_are():
     rng = np.random.default_rng(0)
     witnesses = 0

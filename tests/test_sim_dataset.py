@@ -93,6 +93,25 @@ def test_the_manifest_tells_the_shards_generator_and_refuses_mixtures(tmp_path):
     assert dataset.write_manifest(tmp_path, "train", 2)["generator"] == 1
 
 
+def test_job_arrays_by_the_command_line(written, tmp_path, monkeypatch, capsys):
+    """As two jobs that each make one of two shards; the second one checks the checksums."""
+    _, manifest = written
+    common = "--out", tmp_path, "--split", "train", "--images", 12, "--size", 64, "--futures", 3
+    shape = "--images-per-world", 2, "--images-per-shard", 6
+    for job, state in (("1:2", "6 train images, not yet complete"), ("0:2", "12 train images, ")):
+        arguments = map(str, (*common, *shape, "--shards", job, "--verify"))
+        monkeypatch.setattr("sys.argv", ["sim.dataset", *arguments])
+        dataset.main()
+        assert state in capsys.readouterr().out
+    assert (
+        json.loads((tmp_path / "manifest-train.json").read_text())["shards"] == (manifest["shards"])
+    )
+    monkeypatch.setattr("sys.argv", ["sim.dataset", *map(str, common), "--shards", "2"])
+    with pytest.raises(SystemExit):
+        dataset.main()
+    assert "expected i:n such as 0:4, got '2'" in capsys.readouterr().err
+
+
 def test_damage_is_found(written, tmp_path):
     out, manifest = written
     record = manifest["shards"][0]
