@@ -102,6 +102,7 @@ PIP_ONLY = {  # see the extras of setup.py
         "onnxruntime",
         "onnxscript",
         "safetensors",
+        "tensorboard",
         "timm",
         "torch",
         "webdataset",
