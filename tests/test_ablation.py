@@ -2,7 +2,6 @@
 """The ablations' command on a few images, and that each listed variant can be trained."""
 
 import json
-import subprocess
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -47,19 +46,20 @@ def test_every_variant_is_a_run_of_its_own(ablation: ModuleType) -> None:
     assert all(word in about for word in asked)
 
 
-def test_from_variants_to_a_table(tmp_path: Path) -> None:
+def test_from_variants_to_a_table(
+    ablation: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for split in ("train", "val"):
         write_dataset(tmp_path, split, 12, Settings(size=64, images_per_shard=12))
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(CONFIG.to_dict()))
     chosen = "as configured", "1 component"
     table = tmp_path / "table.md"
     command = (
-        *(sys.executable, SCRIPT, "--quick", "--variants", *chosen, "--data", tmp_path),
+        *("--quick", "--variants", *chosen, "--data", tmp_path),
         *("--config", tmp_path / "small.yaml", "--out", tmp_path / "runs", "--table", table),
         *("--scenes", 3, "--set", "optim.segment_weight=0.5"),
     )
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
+    ablation.main(list(map(str, command)))
     results = json.loads(table.with_suffix(".json").read_text())
     assert (results["steps"], results["seed"], results["scenes"]) == (4, 0, 3)
     assert (results["images"], results["generator"]) == (12, GENERATOR)
@@ -74,7 +74,7 @@ def test_from_variants_to_a_table(tmp_path: Path) -> None:
     made = RunConfig.load(tmp_path / "runs" / "1-component" / "config.yaml")
     assert (made.model.components, made.optim.segment_weight, made.optim.steps) == (1, 0.5, 4)
     text = table.read_text()
-    assert text in done.stdout
+    assert text in capsys.readouterr().out
     assert f"| 1 component | number of components | {single['parameters']:.3f} |" in text
 
 

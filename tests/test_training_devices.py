@@ -87,7 +87,7 @@ def test_several_processes_learn_what_one_does(clips: Path, alone: Path, tmp_pat
         env=dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join(sys.path)),
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=280,
     )
     assert done.returncode == 0, done.stderr
     assert "steps 0 to 4, 2 x cpu" in done.stderr
