@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from fpt_model import FlowPokeTransformer, load_model
+from fpt_model import FlowPokeTransformer, load_model, save_model
 from fpt_model.encoder import preprocess
 from fpt_model.geometry import normalised_to_pixels
 from fpt_ros.cli import main
@@ -365,10 +365,22 @@ def larger(config: RunConfig, **model: object) -> FlowPokeTransformer:
     return FlowPokeTransformer(replace(config.model, **model))
 
 
-def test_a_larger_model_goes_on_where_the_smaller_one_stopped(run: Path) -> None:
-    small = load_model(run / "model.safetensors")
-    model = larger(CONFIG, position_bands=2).eval()
-    train.start_from(model, str(run / "model.safetensors"))
+def test_a_larger_model_goes_on_where_the_smaller_one_stopped(tmp_path: Path) -> None:
+    def convolutional(indices: list[int], **more: object) -> FlowPokeTransformer:
+        kwargs = {"out_indices": indices, "feature_cfg": {"flatten_sequential": True}}
+        return larger(
+            CONFIG,
+            encoder="tf_efficientnet_lite0",
+            encoder_kwargs={"features_only": True, **kwargs},
+            context_width=32,
+            position_bands=2,
+            **more,
+        ).eval()
+
+    small = convolutional([1, 2, 3], context_depth=1)
+    save_model(small, tmp_path / "small.safetensors")
+    model = convolutional([0, 1, 2, 3], context_depth=2, detail_width=8)
+    train.start_from(model, str(tmp_path / "small.safetensors"))
     g = torch.Generator().manual_seed(0)
     image = torch.rand(1, 3, 32, 32, generator=g) * 2 - 1
     asked = torch.rand(1, 2, 2, generator=g), torch.rand(1, 2, 2, generator=g)
@@ -379,7 +391,11 @@ def test_a_larger_model_goes_on_where_the_smaller_one_stopped(run: Path) -> None
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"depth": 1}, "layers.1.* which the run's model has not"), ({"width": 64}, "has shape")],
+    [
+        ({"depth": 1}, "layers.1.* which the run's model has not"),
+        ({"width": 64}, "has shape"),
+        ({"position_bands": 2}, "position_bands = 0, the run's model 2"),
+    ],
 )
 def test_misfits_to_start_from_are_named(run: Path, change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -89,8 +89,11 @@ def start_from(model: FlowPokeTransformer, name: str) -> None:
     inputs of a matrix, which stand last, begin with weight zero. ValueError names what else
     differs.
     """
-    source = load_model(name).state_dict()
-    own = model.state_dict()
+    start = load_model(name)
+    bands = start.config.position_bands, model.config.position_bands
+    if bands[0] != bands[1]:  # these inputs stand before others
+        raise ValueError(f"{name} has position_bands = {bands[0]}, the run's model {bands[1]}")
+    source, own = start.state_dict(), model.state_dict()
     if missing := sorted(set(source) - set(own)):
         raise ValueError(f"{name} has the tensor {missing[0]!r}, which the run's model has not")
     for key, value in source.items():
