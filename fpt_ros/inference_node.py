@@ -44,19 +44,16 @@ from rclpy.subscription import Subscription
 from rclpy.task import Future
 from rclpy.timer import Timer
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image
-from std_msgs.msg import Float64, Header
+from std_msgs.msg import Float64
 from visualization_msgs.msg import MarkerArray
 
 from fpt_model import FlowPredictor, load_model
 from fpt_msgs.action import SampleFlow
-from fpt_msgs.msg import FlowDistribution, ModelInfo, PokeArray, QueryArray
-from fpt_ros.images import array_to_image
+from fpt_msgs.msg import ModelInfo, PokeArray, QueryArray
 from fpt_ros.inbox import Request
-from fpt_ros.markers import Markers, Plane
-from fpt_ros.messages import distribution_to_msg
 from fpt_ros.monitor import TIMES, Monitor
+from fpt_ros.outputs import Outputs
 from fpt_ros.parameters import FPT_PARAMETERS, declare_parameters
-from fpt_ros.pipeline import Answer
 from fpt_ros.pokes import RequestError
 from fpt_ros.services import ACTION, SERVICES
 from fpt_ros.worker import Output, Worker
@@ -113,8 +110,7 @@ class FptNode(LifecycleNode):
         self._outputs: list[Output] = []
         self._info: Publisher | None = None
         self._inputs: list[Subscription] = []
-        self._camera_info: CameraInfo | None = None
-        self._markers = Markers()
+        self._messages: Outputs | None = None
         self._worker: Worker | None = None
 
         # their callbacks wait for the worker without holding up each other or anything else
@@ -261,8 +257,7 @@ class FptNode(LifecycleNode):
         for subscription in self._inputs:
             self.destroy_subscription(subscription)
         self._outputs, self._latencies, self._info, self._inputs = [], {}, None, []
-        self._worker, self._predictor, self._camera_info = None, None, None
-        self._markers = Markers()
+        self._worker, self._predictor, self._messages = None, None, None
 
     def _load_predictor(self) -> FlowPredictor:
         if self._value("threads"):
@@ -340,26 +335,17 @@ class FptNode(LifecycleNode):
     # --------------------------------------------------------------------------------- topics
 
     def _create_topics(self) -> None:
-        def image(encoding: str, pixels: Callable[[Answer], Any]) -> Any:
-            return Image, lambda answer, header: array_to_image(pixels(answer), encoding, header)
-
-        outputs: dict[str, tuple[type, Callable[[Answer, Header], Any]]] = {
-            "distribution": (FlowDistribution, self._distribution),
-            "flow": image("32FC2", lambda answer: answer.flow),
-            "flow_color": image("rgb8", lambda answer: answer.flow_color),
-            "mask": image("mono8", lambda answer: answer.mask_image),
-            "influence": image("32FC1", lambda answer: answer.influence),
-            "overlay": image("rgb8", lambda answer: answer.overlay),
-            "markers": (MarkerArray, self._mark),
-        }
-        for name, (msg_type, build) in outputs.items():
+        self._messages = Outputs(
+            self._model.config, lambda: self._value("marker_lifetime_s"), self._monitor.stage
+        )
+        for name, (msg_type, build) in self._messages.table.items():
             qos = _MARKER_QOS if msg_type is MarkerArray else _OUTPUT_QOS
             self._outputs.append((self._create_output(msg_type, name, qos), build))
         for name in TIMES:
             topic = f"debug/{name.replace(' ', '_')}_ms"
             self._latencies[name] = self._create_output(Float64, topic, _OUTPUT_QOS)
         self._info = self.create_publisher(ModelInfo, "~/info", copy(_LATCHED_QOS))
-        self._info.publish(self._model_info())
+        self._info.publish(self._messages.model_info())
         camera: tuple[type, str] = (Image, "image")
         if self._value("image_transport") == "compressed":
             # below the camera's topic, also when that is remapped, as image_transport has it
@@ -426,43 +412,8 @@ class FptNode(LifecycleNode):
             self._worker.put(Request(kind, msg))
 
     def _on_camera_info(self, msg: CameraInfo) -> None:
-        self._camera_info = msg
-
-    def _distribution(self, answer: Answer, header: Header) -> FlowDistribution:
-        config = self._model.config
-        return distribution_to_msg(
-            answer.distribution,
-            answer.queries,
-            answer.view.size,
-            header,
-            config.name,
-            config.horizon_s,
-        )
-
-    def _mark(self, answer: Answer, header: Header) -> MarkerArray:
-        mixture = answer.distribution  # a stage of its own
-        with self._monitor.stage("mark"):
-            plane = Plane.of(self._camera_info, answer.view.size)
-            return self._markers.update(
-                answer.pokes,
-                answer.queries,
-                mixture,
-                plane,
-                header,
-                self._value("marker_lifetime_s"),
-            )
-
-    def _model_info(self) -> ModelInfo:
-        config = self._model.config
-        return ModelInfo(
-            model_name=config.name,
-            licence=config.licence,
-            dims=config.flow_dim,
-            components=config.components,
-            horizon_s=config.horizon_s,
-            kl_threshold=config.kl_threshold,
-            image_size=config.image_size,
-        )
+        if self._messages is not None:
+            self._messages.camera_info = msg
 
     @property
     def _model(self) -> FlowPredictor:
