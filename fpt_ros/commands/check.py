@@ -14,22 +14,27 @@ from rich.table import Table
 
 from fpt_ros.commands.arguments import UserError
 from fpt_ros.commands.media import Frames, RGBImage
+from fpt_ros.commands.model import (
+    BackendOption,
+    DeviceOption,
+    GraphsOption,
+    ModelOption,
+    PrecisionOption,
+    ProvidersOption,
+    load_predictor,
+)
 
 FRAMES = 8
 SIMULATED_SIZE = (480, 640)  # (height, width) px
 
 
 def check(
-    model: Annotated[str, typer.Option(help="A shipped model or a checkpoint file.")] = "fpt-tiny",
-    backend: Annotated[str, typer.Option(help="onnxruntime, or torch.")] = "onnxruntime",
-    precision: Annotated[str, typer.Option(help="fp32, bf16, fp16 or int8.")] = "fp32",
-    graphs: Annotated[
-        Path | None, typer.Option(help="The folder that fpt export wrote.", show_default=False)
-    ] = None,
-    providers: Annotated[
-        str, typer.Option(help="What ONNX Runtime may use, the first preferred: tensorrt,cuda,cpu.")
-    ] = "cpu",
-    device: Annotated[str, typer.Option(help="As torch names it: cpu, cuda:1.")] = "cpu",
+    model: ModelOption = "fpt-tiny",
+    backend: BackendOption = "onnxruntime",
+    precision: PrecisionOption = "fp32",
+    graphs: GraphsOption = None,
+    providers: ProvidersOption = "cpu",
+    device: DeviceOption = "cpu",
     image: Annotated[
         list[Path] | None,
         typer.Option(
@@ -43,7 +48,6 @@ def check(
 
     Exits with 1 when they differ more than they may.
     """
-    from fpt_model import BackendError, CheckpointError, FlowPredictor, load_model
     from fpt_model.agreement import (
         DENSE,
         MAX_FLOW_PX,
@@ -53,24 +57,13 @@ def check(
         agreement,
     )
 
-    try:
-        weights = load_model(model)
-        candidate = FlowPredictor(
-            weights,
-            backend,  # type: ignore[arg-type]  # the predictor checks both
-            device,
-            precision,  # type: ignore[arg-type]
-            graphs,
-            providers.split(","),
-            strict=True,
-        )
-    except (BackendError, CheckpointError, OSError, ValueError) as error:
-        raise UserError(str(error)) from error
-    found = agreement(FlowPredictor(weights), candidate, _files(image) if image else _simulated())
+    candidate = load_predictor(model, backend, precision, graphs, providers, device)
+    exact = load_predictor(model)
+    found = agreement(exact, candidate, _files(image) if image else _simulated())
 
     where = f" on {', '.join(candidate.providers)}" if candidate.providers else ""
     print(
-        f"{weights.config.name}, {backend}{where} in {precision}, against PyTorch in fp32; "
+        f"{exact.config.name}, {backend}{where} in {precision}, against PyTorch in fp32; "
         f"{found.images} pictures"
     )
     table = Table()

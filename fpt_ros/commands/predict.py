@@ -4,8 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +12,6 @@ import numpy as np
 import typer
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from fpt_model import FlowMixture, FPTConfig
@@ -22,10 +20,19 @@ from fpt_model.geometry import normalised_to_pixels
 from fpt_model.visualize import draw_overlay
 from fpt_ros.commands.arguments import UserError, parse_grid, parse_poke, parse_query
 from fpt_ros.commands.media import Frames, FramesWriter, RGBImage
+from fpt_ros.commands.model import (
+    BackendOption,
+    DeviceOption,
+    GraphsOption,
+    ModelOption,
+    PrecisionOption,
+    ProvidersOption,
+    load_predictor,
+)
+from fpt_ros.commands.progress import progress_bar
 from fpt_ros.pokes import Pokes, RequestError, check_inside
 
 if TYPE_CHECKING:  # importing torch takes seconds, which help and error messages must not cost
-    from fpt_model import FlowPredictor
     from fpt_ros.pipeline import Answer, Settings
 
 DEFAULT_GRID = "4x4"
@@ -63,7 +70,12 @@ def predict(
             show_default=False,
         ),
     ] = None,
-    model: Annotated[str, typer.Option(help="A shipped model or a checkpoint file.")] = "fpt-tiny",
+    model: ModelOption = "fpt-tiny",
+    backend: BackendOption = "torch",
+    precision: PrecisionOption = "fp32",
+    graphs: GraphsOption = None,
+    providers: ProvidersOption = "cpu",
+    device: DeviceOption = "cpu",
     moving_camera: Annotated[
         bool, typer.Option("--moving-camera", help="The camera may move, too.")
     ] = False,
@@ -95,11 +107,14 @@ def predict(
     if cells is not None:
         on_grid = normalised_to_pixels(grid_points(cells), frames.size)
         queries = np.concatenate([queries, on_grid])
-    predictor = _load(model)
+    predictor = load_predictor(model, backend, precision, graphs, providers, device)
     settings = Settings(camera_static=not moving_camera, full_resolution=False)
 
-    with writer or nullcontext(), _progress_bar(frames) as progress:
-        for index, frame in enumerate(progress):
+    with (
+        writer or nullcontext(),
+        progress_bar("predicting", "frames", disable=not frames.is_video) as progress,
+    ):
+        for index, frame in enumerate(progress.track(frames, total=frames.count)):
             view = View(frame, predictor.encode(frame))
             answer = Answer(predictor, view, pokes, queries, settings)
             if as_json:
@@ -113,29 +128,6 @@ def predict(
                 writer.write(_overlay(answer))
     if out and not as_json:
         print(f"wrote {out}")
-
-
-@contextmanager
-def _progress_bar(frames: Frames) -> Iterator[Iterable[RGBImage]]:
-    """The frames; those of a video with a bar on stderr."""
-    columns = (
-        TextColumn("predicting"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("frames, left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), disable=not frames.is_video) as progress:
-        yield progress.track(frames, total=frames.count)
-
-
-def _load(model: str) -> FlowPredictor:
-    from fpt_model import CheckpointError, FlowPredictor, load_model
-
-    try:
-        return FlowPredictor(load_model(model))
-    except (FileNotFoundError, CheckpointError) as error:
-        raise UserError(f"--model: {error}") from error
 
 
 def _overlay(answer: Answer) -> RGBImage:
