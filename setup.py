@@ -68,6 +68,8 @@ setup(
             "ros-jazzy-std-msgs",
             "ros-jazzy-visualization-msgs",
         ],
+        "bag": ["rosbags>=0.11"],  # fpt bag, and fpt view of a bag
+        "view": ["rerun-sdk>=0.41"],  # fpt view
         "cli": ["rich", "typer>=0.9"],
         # one of the two, which exclude each other; the second runs on NVIDIA's GPUs
         "onnx": ["onnx", "onnxruntime>=1.31", "onnxscript"],

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The ``fpt`` command. Needs no ROS."""
+"""The ``fpt`` command. Needs no ROS, except its sub-commands ``bag`` and ``view``."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import typer
 
 from fpt_ros.commands.arguments import UserError
+from fpt_ros.commands.bag import bag
 from fpt_ros.commands.check import check
 from fpt_ros.commands.convert import convert
 from fpt_ros.commands.evaluate import evaluate
@@ -24,6 +25,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+app.command()(bag)
 app.command()(check)
 app.command()(convert)
 app.command()(export)

@@ -61,6 +61,12 @@ class Monitor:
         with self._lock:
             self._counts[what] += n
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """All counters."""
+        with self._lock:
+            return dict(self._counts)
+
     def image_received(self) -> None:
         """Count an image, and note that the camera is alive."""
         self.count("images received")

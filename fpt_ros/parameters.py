@@ -158,6 +158,27 @@ FPT_PARAMETERS: tuple[Spec, ...] = (
 """Of the FPT node."""
 
 
+def parse_value(spec: Spec, text: str) -> bool | int | float | str:
+    """The value that a user gives as text.
+
+    Raises:
+        ValueError: it is not of the parameter's type, or outside its range or choices.
+    """
+    kind = type(spec.default)
+    expected: object = kind.__name__
+    try:
+        value = {"true": True, "false": False}[text] if kind is bool else kind(text)
+    except (KeyError, ValueError):
+        raise ValueError(f"{spec.name} must be of type {expected}, received {text!r}") from None
+    if spec.minimum is not None and not spec.minimum <= value <= spec.maximum:  # type: ignore[operator]
+        expected = f"from {spec.minimum:g} to {spec.maximum:g}"
+    elif spec.choices and value not in spec.choices:
+        expected = f"one of {', '.join(spec.choices)}"
+    else:
+        return value
+    raise ValueError(f"{spec.name} must be {expected}, received {text!r}")
+
+
 def declare_parameters(node: Node, specs: Iterable[Spec]) -> None:
     """Declare parameters with their descriptors on ``node``."""
     node.declare_parameters("", [(spec.name, spec.default, _descriptor(spec)) for spec in specs])

@@ -54,6 +54,7 @@ class Worker:
         clock: against which the age of an image is told.
         logger: of tracebacks.
         alive: False when ROS is shutting down, when failures are no news.
+        now_s: the clock by which requests arrive and wait for their image.
     """
 
     def __init__(
@@ -65,9 +66,11 @@ class Worker:
         clock: Clock,
         logger: RcutilsLogger,
         alive: Callable[[], bool],
+        now_s: Callable[[], float] = time.monotonic,
     ) -> None:
         self._predictor, self._outputs, self._parameter = predictor, outputs, parameter
         self._monitor, self._clock, self._logger, self._alive = monitor, clock, logger, alive
+        self._now_s = now_s
         self._history = ImageHistory(parameter("image_history"), parameter("scene_history"))
         self._standing = Conditions()
         self._waiting: list[Request] = []  # for their image
@@ -262,7 +265,7 @@ class Worker:
                 f"{self._parameter('max_age_ms'):g}; name it by its stamp to ask about it all the "
                 "same"
             )
-        if held is None and not (may_come and time.monotonic() - request.arrived_s < IMAGE_WAIT_S):
+        if held is None and not (may_come and self._now_s() - request.arrived_s < IMAGE_WAIT_S):
             raise RequestError(why)
         return held
 

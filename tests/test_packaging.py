@@ -101,6 +101,8 @@ PIP_ONLY = {  # see the extras of setup.py
         "onnx",
         "onnxruntime",
         "onnxscript",
+        "rerun",
+        "rosbags",
         "safetensors",
         "tensorboard",
         "timm",

@@ -1,0 +1,379 @@
+# SPDX-License-Identifier: MIT
+"""The node's work on a recorded bag: each of its images is answered, none is dropped.
+
+The messages of the bag go in their order to the node's own :class:`~fpt_ros.worker.Worker`, which
+so joins images, pokes and queries as it does in the node: pokes without a stamp stand for the
+newest image and all after it, those with a stamp are for that image. What the worker publishes is
+written with the time at which the message was recorded that called for it, as if answering took no
+time.
+
+The same bag, model and parameters on the same machine give the same bytes in every message.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from ament_index_python.packages import get_package_share_directory
+from rclpy.serialization import deserialize_message, serialize_message
+from rclpy.time import Time
+from rosbags.interfaces import (
+    Connection,
+    Qos,
+    QosDurability,
+    QosHistory,
+    QosLiveliness,
+    QosReliability,
+    QosTime,
+)
+from rosbags.rosbag2 import CompressionFormat, CompressionMode, Reader, StoragePlugin, Writer
+from rosbags.rosbag2.errors import ReaderError
+from rosbags.typesys import Stores, get_types_from_msg, get_typestore
+from rosbags.typesys.store import Typestore
+from sensor_msgs.msg import CameraInfo, CompressedImage, Image
+from std_msgs.msg import Header
+
+from fpt_model import FlowPredictor
+from fpt_msgs.msg import ModelInfo, PokeArray, QueryArray
+from fpt_ros.inbox import Batch, Request
+from fpt_ros.messages import pokes_to_msg
+from fpt_ros.monitor import Monitor
+from fpt_ros.outputs import Outputs
+from fpt_ros.parameters import FPT_PARAMETERS, Spec
+from fpt_ros.pokes import Pokes
+from fpt_ros.worker import IMAGE_WAIT_S, Worker
+
+PARAMETERS: tuple[Spec, ...] = tuple(
+    spec
+    for spec in FPT_PARAMETERS
+    if not (spec.read_only or spec.fixed) or spec.name in ("image_history", "scene_history")
+    if spec.name not in ("max_age_ms", "stuck_after_s")  # there is nothing to be late for
+)
+"""The node's parameters that mean something here."""
+
+INPUT_TYPES: dict[str, tuple[type, ...]] = {
+    "image": (Image, CompressedImage),
+    "pokes": (PokeArray,),
+    "queries": (QueryArray,),
+    "camera_info": (CameraInfo,),
+}
+"""The types of the node's inputs, by name."""
+
+_FOREVER = QosTime(2**31 - 1, 0)
+
+
+class BagError(ValueError):
+    """A bag that cannot be read or written; the text says what was found and expected."""
+
+
+@dataclass
+class Report:
+    """What happened.
+
+    Attributes:
+        images: that were read.
+        written: messages, by topic.
+        errors: how often, by kind: "malformed" (the bytes are no such message), "image", "pokes",
+            "queries" (refused, as the node refuses them), "standing" (they do not fit an image).
+        first: what was wrong at the first of each kind.
+    """
+
+    images: int = 0
+    written: Counter[str] = field(default_factory=Counter)
+    errors: dict[str, int] = field(default_factory=dict)
+    first: dict[str, str] = field(default_factory=dict)
+
+
+@contextmanager
+def open_bag(path: Path) -> Iterator[Reader]:
+    """A bag: a folder with metadata.yaml, or one file in MCAP or sqlite3 (.db3).
+
+    Raises:
+        BagError: it is not there, damaged, or something else; also while it is read.
+    """
+    try:
+        with Reader(path) as reader:
+            yield reader
+    except (OSError, ReaderError) as error:
+        raise BagError(f"cannot read the bag {str(path)!r}: {error}") from error
+
+
+def full_name(name: str, namespace: str = "") -> str:
+    """A topic's full name, as ROS resolves it for a node in ``namespace``."""
+    return (
+        name
+        if name.startswith("/")
+        else "/" + "/".join(filter(None, [*namespace.split("/"), name]))
+    )
+
+
+def find_inputs(
+    bag: Reader, topics: Mapping[str, str | None], namespace: str = ""
+) -> dict[str, list[Connection]]:
+    """The connections (one for each publisher) of each input that the bag has.
+
+    Args:
+        topics: by input, of INPUT_TYPES; None: the topic of the input's name, which may be missing,
+            except the image's.
+        namespace: of topics that do not begin with a slash.
+
+    Raises:
+        BagError: a topic is missing or of another type, when the text lists those of the bag; or
+            it was recorded with another definition of its type.
+    """
+    listed = "; ".join(f"{c.topic} ({c.msgtype})" for c in bag.connections) or "none"
+    found = {}
+    for name, types in INPUT_TYPES.items():
+        expected = [type_name(t) for t in types]
+        topic = full_name(topics.get(name) or name, namespace)
+        there = [c for c in bag.connections if c.topic == topic]
+        usable = [c for c in there if c.msgtype in expected]
+        if usable:
+            _check_definition(usable)
+            found[name] = usable
+        elif there or topics.get(name) or name == "image":
+            what = f"is of type {there[0].msgtype}" if there else "is not in the bag"
+            raise BagError(
+                f"topic {topic} for {name!r} {what}, expected {' or '.join(expected)}; "
+                f"the bag has: {listed}"
+            )
+    return found
+
+
+def process_bag(
+    bag: Reader,
+    out: Path,
+    predictor: FlowPredictor,
+    inputs: Mapping[str, Sequence[Connection]],
+    outputs: Sequence[str] | None = None,
+    pokes: Pokes | None = None,
+    values: Mapping[str, Any] | None = None,
+    namespace: str = "",
+    copy_inputs: bool = False,
+    advance: Callable[[], None] = lambda: None,
+) -> Report:
+    """Answer the images of a bag, and write the answers as another.
+
+    Args:
+        bag: an open one.
+        out: the MCAP file to write; it is there when all is done, and nothing before.
+        inputs: as :func:`find_inputs` gives them.
+        outputs: names of the node's outputs, "mask" say; None: all.
+        pokes: px, that stand until the bag brings others.
+        values: of PARAMETERS, where they are not to be the defaults.
+        namespace: of the outputs, which are called as the node's: /namespace/fpt/mask.
+        copy_inputs: whether the messages that were read are written, too.
+        advance: called after each message.
+
+    Raises:
+        BagError: ``out`` exists or cannot be written, an output is unknown, or the bag is damaged.
+    """
+    store = message_types()
+    connections = [connection for those in inputs.values() for connection in those]
+    report, first = Report(), _FirstErrors()
+    monitor = Monitor(first, lambda name, duration_ms: None)
+    parameters: dict[str, Any] = {spec.name: spec.default for spec in FPT_PARAMETERS}
+    parameters |= {"max_age_ms": 0.0, **(values or {})}
+    messages = Outputs(predictor.config, lambda: parameters["marker_lifetime_s"], monitor.stage)
+    names = list(messages.table) if outputs is None else list(outputs)
+    unknown = [name for name in names if name not in messages.table]
+    if unknown:
+        raise BagError(f"expected outputs of {[*messages.table]}, received {unknown[0]!r}")
+
+    clock = _Clock(bag.start_time if bag.message_count else 0)
+    with _writing(out) as writer:
+
+        def recorder(name: str, msg_type: type, latched: bool = False) -> _Recorder:
+            topic = full_name(f"fpt/{name}", namespace)
+            return _Recorder(writer, store, clock, report, topic, type_name(msg_type), latched)
+
+        copies = {
+            connection.id: writer.add_connection(
+                connection.topic,
+                connection.msgtype,
+                typestore=store,
+                offered_qos_profiles=getattr(connection.ext, "offered_qos_profiles", ()),
+            )
+            for connection in (connections if copy_inputs else ())
+        }
+        recorder("info", ModelInfo, latched=True).publish(messages.model_info())
+        worker = Worker(
+            predictor,
+            [
+                (recorder(name, messages.table[name][0]), messages.table[name][1])
+                for name in dict.fromkeys(names)
+            ],
+            parameters.__getitem__,
+            monitor,
+            clock,
+            first,
+            lambda: True,
+            clock.seconds,
+        )
+
+        def process(image: Image | CompressedImage | None = None, *requests: Request) -> None:
+            images = [] if image is None else [image]
+            worker.process(Batch(images, superseded=0, requests=[*requests], woken=False))
+
+        if pokes is not None:
+            msg = pokes_to_msg(pokes, Header())
+            process(None, Request("pokes", msg, arrived_s=clock.seconds()))
+        names_of = {c.id: name for name, those in inputs.items() for c in those}
+        for connection, recorded_ns, data in bag.messages(connections):
+            clock.ns, name = recorded_ns, names_of[connection.id]
+            if connection.id in copies:
+                writer.write(copies[connection.id], clock.ns, data)
+                report.written[connection.topic] += 1
+            try:
+                msg = deserialize_message(data, _class_of(name, connection.msgtype))
+            except Exception as error:  # of a private type of rclpy's
+                monitor.error(
+                    "malformed",
+                    f"{len(data)} bytes on {connection.topic} at {clock.ns} ns are no "
+                    f"{connection.msgtype}: {error}",
+                )
+            else:
+                if name == "image":
+                    report.images += 1
+                    process(msg)
+                elif name == "camera_info":
+                    messages.camera_info = msg
+                else:
+                    process(None, Request(name, msg, arrived_s=clock.seconds()))
+            advance()
+        clock.ns += int(2e9 * IMAGE_WAIT_S)
+        process()  # what still waits for its image is refused
+    counts = {kind: n for kind, n in monitor.counts.items() if kind.startswith("errors: ")}
+    report.errors = {kind.removeprefix("errors: "): n for kind, n in sorted(counts.items())}
+    report.first = first.texts
+    return report
+
+
+class _Clock:
+    """The time at which the present message was recorded."""
+
+    def __init__(self, ns: int) -> None:
+        self.ns = ns
+
+    def now(self) -> Time:
+        return Time(nanoseconds=self.ns)
+
+    def seconds(self) -> float:
+        return self.ns / 1e9
+
+
+class _FirstErrors:
+    """A logger that keeps the first error of each kind, which a monitor names before a colon."""
+
+    def __init__(self) -> None:
+        self.texts: dict[str, str] = {}
+
+    def error(self, text: str) -> None:
+        kind, _, reason = text.partition(": ")
+        self.texts.setdefault(kind, reason)
+
+
+class _Recorder:
+    """Stands for a publisher that somebody subscribes to, and writes its messages."""
+
+    def __init__(
+        self,
+        writer: Writer,
+        store: Typestore,
+        clock: _Clock,
+        report: Report,
+        topic: str,
+        msg_type: str,
+        latched: bool,
+    ) -> None:
+        self._writer, self._store, self._clock, self._report = writer, store, clock, report
+        self._connection = writer.add_connection(
+            topic, msg_type, typestore=store, offered_qos_profiles=[_qos(latched)]
+        )
+
+    def get_subscription_count(self) -> int:
+        return 1
+
+    def publish(self, msg: Any) -> None:
+        kind = self._connection.msgtype
+        # Fast CDR leaves whatever lay in memory between the fields; rosbags writes zeros there
+        data = self._store.serialize_cdr(
+            self._store.deserialize_cdr(serialize_message(msg), kind), kind
+        )
+        self._writer.write(self._connection, self._clock.ns, data)
+        self._report.written[self._connection.topic] += 1
+
+
+def type_name(msg_type: type) -> str:
+    """The name of a message's type as bags have it: sensor_msgs/msg/Image."""
+    return f"{msg_type.__module__.split('.')[0]}/msg/{msg_type.__name__}"
+
+
+def _class_of(name: str, msg_type: str) -> type:
+    return next(t for t in INPUT_TYPES[name] if type_name(t) == msg_type)
+
+
+def _check_definition(connections: Sequence[Connection]) -> None:
+    store = message_types()
+    for c in connections:
+        expected = store.hash_rihs01(c.msgtype)
+        if c.digest and c.digest != expected:
+            raise BagError(
+                f"topic {c.topic} was recorded with another definition of {c.msgtype}: "
+                f"{c.digest}, expected {expected}"
+            )
+
+
+@cache
+def message_types() -> Typestore:
+    """The definitions of ROS's messages and of ours."""
+    store = get_typestore(Stores.ROS2_JAZZY)
+    folder = Path(get_package_share_directory("fpt_msgs"), "msg")
+    for file in sorted(folder.glob("*.msg")):
+        store.register(get_types_from_msg(file.read_text(), f"fpt_msgs/msg/{file.stem}"))
+    return store
+
+
+def _qos(latched: bool) -> Qos:
+    """Reliable; depth 1 and transient local when ``latched``. `ros2 bag play` publishes so."""
+    return Qos(
+        QosHistory.KEEP_LAST,
+        1 if latched else 10,
+        QosReliability.RELIABLE,
+        QosDurability.TRANSIENT_LOCAL if latched else QosDurability.VOLATILE,
+        deadline=_FOREVER,
+        lifespan=_FOREVER,
+        liveliness=QosLiveliness.AUTOMATIC,
+        liveliness_lease_duration=_FOREVER,
+        avoid_ros_namespace_conventions=False,
+    )
+
+
+@contextmanager
+def _writing(out: Path) -> Iterator[Writer]:
+    """A writer of one file, which is moved to its place when all went well."""
+    if out.suffix != ".mcap" or not out.resolve().parent.is_dir():
+        raise BagError(f"expected a .mcap file in an existing folder, received {str(out)!r}")
+    if out.exists():
+        raise BagError(f"{str(out)!r} exists already")
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=f".{out.stem}-", dir=out.parent))
+    except OSError as error:
+        raise BagError(f"cannot write {str(out)!r}: {error}") from error
+    try:
+        writer = Writer(folder / "bag", version=9, storage_plugin=StoragePlugin.MCAP)
+        writer.set_compression(CompressionMode.STORAGE, CompressionFormat.ZSTD)
+        with writer:
+            yield writer
+        os.replace(folder / "bag" / "bag.mcap", out)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
