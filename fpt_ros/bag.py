@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ament_index_python.packages import get_package_share_directory
 from rclpy.serialization import deserialize_message, serialize_message
@@ -47,6 +47,7 @@ from fpt_msgs.msg import ModelInfo, PokeArray, QueryArray
 from fpt_ros.inbox import Batch, Request
 from fpt_ros.messages import pokes_to_msg
 from fpt_ros.monitor import Monitor
+from fpt_ros.names import full_name, type_name
 from fpt_ros.outputs import Outputs
 from fpt_ros.parameters import FPT_PARAMETERS, Spec
 from fpt_ros.pokes import Pokes
@@ -107,46 +108,89 @@ def open_bag(path: Path) -> Iterator[Reader]:
         raise BagError(f"cannot read the bag {str(path)!r}: {error}") from error
 
 
-def full_name(name: str, namespace: str = "") -> str:
-    """A topic's full name, as ROS resolves it for a node in ``namespace``."""
-    return (
-        name
-        if name.startswith("/")
-        else "/" + "/".join(filter(None, [*namespace.split("/"), name]))
-    )
+class Recorded(NamedTuple):
+    """A message of a bag."""
+
+    name: str  # of its topic, in the caller's terms
+    connection: Connection
+    ns: int  # when it was recorded
+    data: bytes
+    msg: Any  # None: the data are no such message,
+    problem: str  # for this reason
 
 
-def find_inputs(
-    bag: Reader, topics: Mapping[str, str | None], namespace: str = ""
+def find_topics(
+    bag: Reader, topics: Mapping[str, str], types: Mapping[str, tuple[type, ...]]
 ) -> dict[str, list[Connection]]:
-    """The connections (one for each publisher) of each input that the bag has.
-
-    Args:
-        topics: by input, of INPUT_TYPES; None: the topic of the input's name, which may be missing,
-            except the image's.
-        namespace: of topics that do not begin with a slash.
+    """The connections (one for each publisher) of those ``topics`` that the bag has, by name.
 
     Raises:
-        BagError: a topic is missing or of another type, when the text lists those of the bag; or
-            it was recorded with another definition of its type.
+        BagError: a topic is of none of its ``types``, or recorded with another definition of it.
     """
-    listed = "; ".join(f"{c.topic} ({c.msgtype})" for c in bag.connections) or "none"
     found = {}
-    for name, types in INPUT_TYPES.items():
-        expected = [type_name(t) for t in types]
-        topic = full_name(topics.get(name) or name, namespace)
+    for name, topic in topics.items():
+        expected = [type_name(t) for t in types[name]]
         there = [c for c in bag.connections if c.topic == topic]
         usable = [c for c in there if c.msgtype in expected]
         if usable:
             _check_definition(usable)
             found[name] = usable
-        elif there or topics.get(name) or name == "image":
-            what = f"is of type {there[0].msgtype}" if there else "is not in the bag"
+        elif there:
             raise BagError(
-                f"topic {topic} for {name!r} {what}, expected {' or '.join(expected)}; "
-                f"the bag has: {listed}"
+                f"topic {topic} for {name!r} is of type {there[0].msgtype}, expected "
+                f"{' or '.join(expected)}; the bag has: {list_topics(bag)}"
             )
     return found
+
+
+def list_topics(bag: Reader) -> str:
+    """The topics of a bag with their types, for a message to a user."""
+    return "; ".join(f"{c.topic} ({c.msgtype})" for c in bag.connections) or "none"
+
+
+def find_inputs(
+    bag: Reader, topics: Mapping[str, str | None], namespace: str = ""
+) -> dict[str, list[Connection]]:
+    """The node's inputs that the bag has, by name in INPUT_TYPES.
+
+    Args:
+        topics: by that name; None: the topic of the input's name, which may be missing, except the
+            image's.
+        namespace: of topics that do not begin with a slash.
+
+    Raises:
+        BagError: as :func:`find_topics`, and when a topic is missing.
+    """
+    full = {name: full_name(topics.get(name) or name, namespace) for name in INPUT_TYPES}
+    found = find_topics(bag, full, INPUT_TYPES)
+    for name, topic in full.items():
+        if name not in found and (topics.get(name) or name == "image"):
+            expected = " or ".join(type_name(t) for t in INPUT_TYPES[name])
+            raise BagError(
+                f"topic {topic} for {name!r} is not in the bag, expected one of type {expected}; "
+                f"the bag has: {list_topics(bag)}"
+            )
+    return found
+
+
+def read(
+    bag: Reader,
+    connections: Mapping[str, Sequence[Connection]],
+    types: Mapping[str, tuple[type, ...]],
+) -> Iterator[Recorded]:
+    """The messages of ``connections``, as :func:`find_topics` gives them, in recorded order."""
+    names = {c.id: name for name, those in connections.items() for c in those}
+    classes = {type_name(t): t for name in connections for t in types[name]}
+    for connection, ns, data in bag.messages([c for those in connections.values() for c in those]):
+        msg, problem = None, ""
+        try:
+            msg = deserialize_message(data, classes[connection.msgtype])
+        except Exception as error:  # of a private type of rclpy's
+            problem = (
+                f"{len(data)} bytes on {connection.topic} at {ns} ns are no "
+                f"{connection.msgtype}: {error}"
+            )
+        yield Recorded(names[connection.id], connection, ns, data, msg, problem)
 
 
 def process_bag(
@@ -178,7 +222,6 @@ def process_bag(
         BagError: ``out`` exists or cannot be written, an output is unknown, or the bag is damaged.
     """
     store = message_types()
-    connections = [connection for those in inputs.values() for connection in those]
     report, first = Report(), _FirstErrors()
     monitor = Monitor(first, lambda name, duration_ms: None)
     parameters: dict[str, Any] = {spec.name: spec.default for spec in FPT_PARAMETERS}
@@ -203,7 +246,8 @@ def process_bag(
                 typestore=store,
                 offered_qos_profiles=getattr(connection.ext, "offered_qos_profiles", ()),
             )
-            for connection in (connections if copy_inputs else ())
+            for those in (inputs.values() if copy_inputs else ())
+            for connection in those
         }
         recorder("info", ModelInfo, latched=True).publish(messages.model_info())
         worker = Worker(
@@ -217,7 +261,7 @@ def process_bag(
             clock,
             first,
             lambda: True,
-            clock.seconds,
+            now_s=clock.seconds,
         )
 
         def process(image: Image | CompressedImage | None = None, *requests: Request) -> None:
@@ -227,28 +271,20 @@ def process_bag(
         if pokes is not None:
             msg = pokes_to_msg(pokes, Header())
             process(None, Request("pokes", msg, arrived_s=clock.seconds()))
-        names_of = {c.id: name for name, those in inputs.items() for c in those}
-        for connection, recorded_ns, data in bag.messages(connections):
-            clock.ns, name = recorded_ns, names_of[connection.id]
+        for name, connection, recorded_ns, data, msg, problem in read(bag, inputs, INPUT_TYPES):
+            clock.ns = recorded_ns
             if connection.id in copies:
                 writer.write(copies[connection.id], clock.ns, data)
                 report.written[connection.topic] += 1
-            try:
-                msg = deserialize_message(data, _class_of(name, connection.msgtype))
-            except Exception as error:  # of a private type of rclpy's
-                monitor.error(
-                    "malformed",
-                    f"{len(data)} bytes on {connection.topic} at {clock.ns} ns are no "
-                    f"{connection.msgtype}: {error}",
-                )
+            if problem:
+                monitor.error("malformed", problem)
+            elif name == "image":
+                report.images += 1
+                process(msg)
+            elif name == "camera_info":
+                messages.camera_info = msg
             else:
-                if name == "image":
-                    report.images += 1
-                    process(msg)
-                elif name == "camera_info":
-                    messages.camera_info = msg
-                else:
-                    process(None, Request(name, msg, arrived_s=clock.seconds()))
+                process(None, Request(name, msg, arrived_s=clock.seconds()))
             advance()
         clock.ns += int(2e9 * IMAGE_WAIT_S)
         process()  # what still waits for its image is refused
@@ -311,15 +347,6 @@ class _Recorder:
         )
         self._writer.write(self._connection, self._clock.ns, data)
         self._report.written[self._connection.topic] += 1
-
-
-def type_name(msg_type: type) -> str:
-    """The name of a message's type as bags have it: sensor_msgs/msg/Image."""
-    return f"{msg_type.__module__.split('.')[0]}/msg/{msg_type.__name__}"
-
-
-def _class_of(name: str, msg_type: str) -> type:
-    return next(t for t in INPUT_TYPES[name] if type_name(t) == msg_type)
 
 
 def _check_definition(connections: Sequence[Connection]) -> None:

@@ -16,6 +16,7 @@ from fpt_ros.commands.evaluate import evaluate
 from fpt_ros.commands.export import export
 from fpt_ros.commands.predict import predict
 from fpt_ros.commands.train import train
+from fpt_ros.commands.view import view
 
 app = typer.Typer(
     name="fpt",
@@ -32,6 +33,7 @@ app.command()(export)
 app.command("eval")(evaluate)
 app.command()(predict)
 app.command()(train)
+app.command()(view)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

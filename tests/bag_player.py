@@ -15,7 +15,8 @@ from builtin_interfaces.msg import Time as Stamp
 from rosbags.rosbag2 import Reader
 from rosgraph_msgs.msg import Clock
 
-from fpt_ros.bag import INPUT_TYPES, type_name
+from fpt_ros.bag import INPUT_TYPES
+from fpt_ros.names import type_name
 
 CLASSES = {type_name(t): t for types in INPUT_TYPES.values() for t in types}
 SETTLE_S = 1.0  # after discovery, of which the ends learn one after the other

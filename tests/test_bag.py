@@ -26,12 +26,13 @@ from visualization_msgs.msg import Marker, MarkerArray
 
 from fpt_model import FlowPredictor, load_model
 from fpt_msgs.msg import FlowDistribution, ModelInfo, PokeArray
-from fpt_ros.bag import BagError, find_inputs, full_name, message_types, open_bag, type_name
+from fpt_ros.bag import BagError, find_inputs, message_types, open_bag
 from fpt_ros.cli import main
 from fpt_ros.environment import claim_domain_id
 from fpt_ros.history import stamp_ns
 from fpt_ros.images import array_to_image, image_to_array
 from fpt_ros.messages import distribution_from_msg, pokes_to_msg, queries_to_msg
+from fpt_ros.names import full_name, type_name
 from fpt_ros.outputs import Outputs
 from fpt_ros.pipeline import Answer, View
 from fpt_ros.pokes import Pokes
