@@ -12,7 +12,7 @@ ifdef ROS_DISTRO
 unexport AMENT_PREFIX_PATH CMAKE_PREFIX_PATH LD_LIBRARY_PATH PYTHONPATH
 endif
 
-.PHONY: help bootstrap demo test lint format clean
+.PHONY: help bootstrap demo test lint format screenshots clean
 
 help:
 	@echo "make demo                          simulated camera, FPT node and a poke: writes demo/overlay.png"
@@ -20,6 +20,7 @@ help:
 	@echo "make test [PYTEST_ARGS='-k flow']  all tests"
 	@echo "make lint                          ruff and mypy"
 	@echo "make format                        let ruff rewrite what it can"
+	@echo "make screenshots                   the pictures of docs/viewing.md, from real nodes"
 	@echo "make bootstrap                     only create or refresh .venv"
 	@echo "make clean                         remove .venv and everything generated"
 
@@ -43,6 +44,9 @@ lint: bootstrap
 format: bootstrap
 	$(PYTHON_IN_VENV) -m ruff check --fix $(wildcard $(LINTED))
 	$(PYTHON_IN_VENV) -m ruff format $(wildcard $(LINTED))
+
+screenshots: bootstrap
+	@$(RUN) -m fpt_ros.screenshots
 
 clean:
 	rm -rf .venv .venv.lock build dist install log demo *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -27,7 +27,7 @@ from sim import camera_node
 
 LAUNCH_FILES = ("fpt.launch.py", "sim.launch.py")
 OUTPUT_TOPICS = {
-    f"fpt/{name}" for name in ("overlay", "mask", "flow_color", "influence", "markers")
+    f"fpt/{name}" for name in ("overlay", "mask", "flow_color", "influence", "markers", "points")
 }
 RVIZ_CLASSES = {  # those of plugins_description.xml and the built-in panels that we use
     "rviz_common/Displays",
@@ -37,6 +37,7 @@ RVIZ_CLASSES = {  # those of plugins_description.xml and the built-in panels tha
     "rviz_default_plugins/MarkerArray",
     "rviz_default_plugins/MoveCamera",
     "rviz_default_plugins/Orbit",
+    "rviz_default_plugins/PointCloud2",
     "rviz_default_plugins/PublishPoint",
 }
 
