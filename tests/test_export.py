@@ -506,6 +506,21 @@ def test_export_and_check_commands(
     assert "precisions must be of fp32, fp16, int8, received ['bf16']" in err
 
 
+def test_predict_runs_exported_graphs(
+    capsys: pytest.CaptureFixture[str], tiny: Exported, tmp_path: Path, image: NDArray[np.uint8]
+) -> None:
+    frame = tmp_path / "a.png"
+    cv2.imwrite(str(frame), image[..., ::-1])
+    asked = ("predict", frame, "--poke", "150,120,30,0", "--query", "160,130", "--json")
+    means = []
+    for options in ((), ("--backend", "onnxruntime", "--graphs", tiny.folder)):
+        code, out, err = run(capsys, *asked, *options)
+        assert code == 0, err
+        means.append([mode["mean"] for mode in json.loads(out)["queries"][0]["modes"]])
+    np.testing.assert_allclose(means[1], means[0], atol=0.01)  # px
+    assert means[1] != means[0], "the same engine ran twice"
+
+
 def test_the_node_runs_what_was_asked_or_says_so(tiny: Exported) -> None:
     domain, claim = claim_domain_id()
     node = Process(
