@@ -36,7 +36,6 @@ from rosbags.interfaces import (
     QosTime,
 )
 from rosbags.rosbag2 import CompressionFormat, CompressionMode, Reader, StoragePlugin, Writer
-from rosbags.rosbag2.errors import ReaderError
 from rosbags.typesys import Stores, get_types_from_msg, get_typestore
 from rosbags.typesys.store import Typestore
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image
@@ -99,13 +98,17 @@ def open_bag(path: Path) -> Iterator[Reader]:
     """A bag: a folder with metadata.yaml, or one file in MCAP or sqlite3 (.db3).
 
     Raises:
-        BagError: it is not there, damaged, or something else; also while it is read.
+        BagError: it is not there, damaged, or something else.
     """
     try:
-        with Reader(path) as reader:
-            yield reader
-    except (OSError, ReaderError) as error:
+        reader = Reader(path)
+        reader.open()
+    except Exception as error:  # what is no bag can cause anything
         raise BagError(f"cannot read the bag {str(path)!r}: {error}") from error
+    try:
+        yield reader
+    finally:
+        reader.close()
 
 
 class Recorded(NamedTuple):
@@ -178,10 +181,21 @@ def read(
     connections: Mapping[str, Sequence[Connection]],
     types: Mapping[str, tuple[type, ...]],
 ) -> Iterator[Recorded]:
-    """The messages of ``connections``, as :func:`find_topics` gives them, in recorded order."""
+    """The messages of ``connections``, as :func:`find_topics` gives them, in recorded order.
+
+    Raises:
+        BagError: the bag is damaged.
+    """
     names = {c.id: name for name, those in connections.items() for c in those}
     classes = {type_name(t): t for name in connections for t in types[name]}
-    for connection, ns, data in bag.messages([c for those in connections.values() for c in those]):
+    messages = bag.messages([c for those in connections.values() for c in those])
+    while True:
+        try:
+            connection, ns, data = next(messages)
+        except StopIteration:
+            return
+        except Exception as error:  # a damaged file can cause anything
+            raise BagError(f"the bag {str(bag.path)!r} is damaged: {error}") from error
         msg, problem = None, ""
         try:
             msg = deserialize_message(data, classes[connection.msgtype])
@@ -392,15 +406,16 @@ def _writing(out: Path) -> Iterator[Writer]:
         raise BagError(f"expected a .mcap file in an existing folder, received {str(out)!r}")
     if out.exists():
         raise BagError(f"{str(out)!r} exists already")
+    folder = None
     try:
         folder = Path(tempfile.mkdtemp(prefix=f".{out.stem}-", dir=out.parent))
-    except OSError as error:
-        raise BagError(f"cannot write {str(out)!r}: {error}") from error
-    try:
         writer = Writer(folder / "bag", version=9, storage_plugin=StoragePlugin.MCAP)
         writer.set_compression(CompressionMode.STORAGE, CompressionFormat.ZSTD)
         with writer:
             yield writer
         os.replace(folder / "bag" / "bag.mcap", out)
+    except OSError as error:
+        raise BagError(f"cannot write {str(out)!r}: {error}") from error
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -383,6 +384,31 @@ def test_a_users_mistake_is_one_line_and_exit_2(
         assert word in error
     assert "Traceback" not in stderr
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_full_disk_is_told_and_leaves_nothing(run, model: Path, tmp_path: Path) -> None:
+    source = write_bag(tmp_path / "in", ENTRIES)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # bytes, of any file
+    try:
+        code, _, stderr = run(source, "--out", tmp_path / "out.mcap", "--model", model)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert code == 2
+    assert f"fpt: error: cannot write '{tmp_path / 'out.mcap'}': [Errno 27]" in stderr
+    assert list(tmp_path.iterdir()) == [source]
+
+
+def test_damage_inside_a_bag_is_told(run, model: Path, tmp_path: Path) -> None:
+    file = write_bag(tmp_path / "in", ENTRIES) / "in.mcap"
+    data = bytearray(file.read_bytes())
+    chunk = data.index(b"\x28\xb5\x2f\xfd")  # with which Zstandard's frames begin
+    data[chunk : chunk + 20] = bytes(20)
+    file.write_bytes(data)
+    code, _, stderr = run(file, "--out", tmp_path / "out.mcap", "--model", model)
+    assert code == 2
+    assert f"the bag '{file}' is damaged: " in stderr
+    assert not (tmp_path / "out.mcap").exists()
 
 
 def test_another_definition_of_a_message_is_refused(tmp_path: Path) -> None:
