@@ -165,15 +165,15 @@ def find_inputs(
         BagError: as :func:`find_topics`, and when a topic is missing.
     """
     full = {name: full_name(topics.get(name) or name, namespace) for name in INPUT_TYPES}
-    found = find_topics(bag, full, INPUT_TYPES)
+    there = {c.topic for c in bag.connections}
     for name, topic in full.items():
-        if name not in found and (topics.get(name) or name == "image"):
+        if topic not in there and (topics.get(name) or name == "image"):
             expected = " or ".join(type_name(t) for t in INPUT_TYPES[name])
             raise BagError(
                 f"topic {topic} for {name!r} is not in the bag, expected one of type {expected}; "
                 f"the bag has: {list_topics(bag)}"
             )
-    return found
+    return find_topics(bag, full, INPUT_TYPES)
 
 
 def read(
