@@ -579,9 +579,11 @@ class Simulator:
             return self._still(np.eye(4))
         qpos = self._lead(body, self._unproject(frame, u, v), np.array([u, v, 1.0]), values[2:])
         for i, part in enumerate(self._world.parts):
+            here = slice(self._qpos_of_part[i], self._qpos_of_part[i] + (7 if part.free else 1))
             if part.held or not (part.free or self._carried_by_part[i, body]):
-                here = slice(self._qpos_of_part[i], self._qpos_of_part[i] + (7 if part.free else 1))
                 qpos[here] = self.data.qpos[here]
+            elif not part.free:  # MuJoCo's limits are soft: a hand pulls joints beyond them
+                qpos[here] = np.clip(qpos[here], *self._range_of_part[i])
         self._undo_jitter(qpos, {body})
         motions = self._motion_to(qpos)
         description = f"body {body} is led by the hand" if moving_bodies(motions).any() else STILL
