@@ -96,6 +96,7 @@ setup(
             "fpt = fpt_ros.cli:main",
             "fpt_node = fpt_ros.node:main",
             "image_publisher = fpt_ros.image_publisher:main",
+            "poke_planner = fpt_ros.poke_planner:main",
             "poke_publisher = fpt_ros.poke_publisher:main",
             "sim_camera_node = sim.camera_node:main",
         ],

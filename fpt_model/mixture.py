@@ -191,6 +191,27 @@ class FlowMixture:
         tril = np.take_along_axis(self.scale_tril[None], index[..., None], -3)[..., 0, :, :]
         return mean + np.einsum("...ij,...j->...i", tril, rng.standard_normal(mean.shape))
 
+    def probability_within(
+        self, centre: ArrayLike, radius: ArrayLike, samples: int = 512, seed: int = 0
+    ) -> Array:
+        """``[...]``: Monte Carlo estimate of the mass in a disc, or a ball, of motions.
+
+        ``radius [...]`` about ``centre [..., D]``. Each component is sampled by the same draws and
+        their negatives, and weighted exactly: the standard error is about ``0.5 / sqrt(samples)``
+        at most, and differences between similar mixtures hardly feel it.
+
+        Raises ValueError for a number of samples that is not positive and even.
+        """
+        if samples < 2 or samples % 2:
+            raise ValueError(f"samples must be even and >= 2, received {samples}")
+        half = np.random.default_rng(seed).standard_normal((samples // 2, self.dims))
+        offset = self.means - np.asarray(centre, np.float64)[..., None, :]
+        limit = np.square(np.asarray(radius, np.float64))[..., None]
+        inside = np.zeros(np.broadcast_shapes(offset.shape[:-1], limit.shape))
+        for draw in np.concatenate([half, -half]):  # one by one: bounds the memory
+            inside += np.sum(np.square(offset + self.scale_tril @ draw), -1) <= limit
+        return np.asarray(np.sum(self.weights * inside, -1) / samples)
+
     def entropy(self, samples: int = 256, seed: int = 0) -> Array:
         """``[...]``: Monte Carlo estimate of the differential entropy in nats."""
         return -np.mean(self.log_prob(self.sample(samples, np.random.default_rng(seed))), 0)

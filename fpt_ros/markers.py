@@ -77,8 +77,28 @@ class Plane:
         return float(px / self.focal.mean() * DEPTH_M)
 
 
+class Display:
+    """Remembers which markers are on display, so that those no longer there are deleted."""
+
+    def __init__(self) -> None:
+        self._shown: set[tuple[str, int]] = set()
+
+    def renew(self, drawn: list[Marker], header: Header, lifetime_s: float) -> MarkerArray:
+        """Markers in place of those before; RViz removes them after ``lifetime_s``, 0: never."""
+        lifetime = Duration(seconds=lifetime_s).to_msg()
+        for marker in drawn:
+            marker.header, marker.lifetime = header, lifetime
+        shown = {(marker.ns, marker.id) for marker in drawn}
+        gone = [
+            Marker(header=header, ns=ns, id=i, action=Marker.DELETE)
+            for ns, i in sorted(self._shown - shown)
+        ]
+        self._shown = shown
+        return MarkerArray(markers=[*gone, *drawn])
+
+
 class Markers:
-    """Makes the markers of one answer after the other, and remembers which are on display.
+    """Makes the markers of one answer after the other.
 
     Namespaces ``pokes`` (arrows), ``modes`` (an arrow for each query and component, opacity = its
     weight) and ``covariances`` (its ellipse of ELLIPSE_SIGMAS standard deviations). An id stays
@@ -86,7 +106,7 @@ class Markers:
     """
 
     def __init__(self) -> None:
-        self._shown: set[tuple[str, int]] = set()
+        self._display = Display()
 
     def update(
         self,
@@ -106,23 +126,14 @@ class Markers:
             lifetime_s: after which RViz removes what was not renewed; 0: never.
         """
         drawn = [
-            self._arrow("pokes", i, plane, start, start + flow, POKE_COLOUR, 1.0)
+            poke_arrow("pokes", i, plane, start, flow, 1.0)
             for i, (start, flow) in enumerate(zip(pokes.xy, pokes.flow, strict=True))
             if np.hypot(*flow) >= MIN_ARROW_PX
         ]
         n = len(queries)
         marked = np.linspace(0, n - 1, min(n, MAX_MARKED_QUERIES)).round().astype(np.intp)
         drawn += self._modes(mixture[marked], queries[marked], marked, plane)
-        lifetime = Duration(seconds=lifetime_s).to_msg()
-        for marker in drawn:
-            marker.header, marker.lifetime = header, lifetime
-        shown = {(marker.ns, marker.id) for marker in drawn}
-        gone = [
-            Marker(header=header, ns=ns, id=i, action=Marker.DELETE)
-            for ns, i in sorted(self._shown - shown)
-        ]
-        self._shown = shown
-        return MarkerArray(markers=[*gone, *drawn])
+        return self._display.renew(drawn, header, lifetime_s)
 
     def _modes(
         self,
@@ -144,7 +155,7 @@ class Markers:
             start, motion = queries[row], means[row, component]
             if np.hypot(*motion) >= MIN_ARROW_PX:
                 drawn.append(
-                    self._arrow("modes", number, plane, start, start + motion, MODE_COLOUR, weight)
+                    _arrow("modes", number, plane, start, start + motion, MODE_COLOUR, weight)
                 )
             minor, major = diameters[row, component]
             half = angles[row, component] / 2
@@ -163,28 +174,40 @@ class Markers:
             )
         return drawn
 
-    @staticmethod
-    def _arrow(
-        ns: str,
-        number: int,
-        plane: Plane,
-        start: NDArray[np.float64],
-        end: NDArray[np.float64],
-        colour: Colour,
-        opacity: float,
-    ) -> Marker:
-        return Marker(
-            ns=ns,
-            id=number,
-            type=Marker.ARROW,
-            points=[plane.point(start), plane.point(end)],
-            scale=Vector3(
-                x=plane.length(_SHAFT_PX),
-                y=plane.length(_HEAD_PX),
-                z=plane.length(_HEAD_LENGTH_PX),
-            ),
-            color=_colour(colour, opacity),
-        )
+
+def poke_arrow(
+    ns: str,
+    number: int,
+    plane: Plane,
+    start: NDArray[np.float64],
+    flow: NDArray[np.float64],
+    opacity: float,
+) -> Marker:
+    """The arrow of a poke at ``start [2]`` px by ``flow [2]`` px, without header and lifetime."""
+    return _arrow(ns, number, plane, start, start + flow, POKE_COLOUR, opacity)
+
+
+def _arrow(
+    ns: str,
+    number: int,
+    plane: Plane,
+    start: NDArray[np.float64],
+    end: NDArray[np.float64],
+    colour: Colour,
+    opacity: float,
+) -> Marker:
+    return Marker(
+        ns=ns,
+        id=number,
+        type=Marker.ARROW,
+        points=[plane.point(start), plane.point(end)],
+        scale=Vector3(
+            x=plane.length(_SHAFT_PX),
+            y=plane.length(_HEAD_PX),
+            z=plane.length(_HEAD_LENGTH_PX),
+        ),
+        color=_colour(colour, opacity),
+    )
 
 
 def _colour(rgb: Colour, opacity: float) -> ColorRGBA:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import cv2
 import numpy as np
@@ -29,7 +29,10 @@ from fpt_model.geometry import (
 from fpt_model.mixture import FlowMixture, Reduce
 from fpt_model.predictor import FlowPredictor, Scene
 from fpt_model.visualize import draw_overlay, flow_to_color
+from fpt_ros.planning import Ask
 from fpt_ros.pokes import Pokes, check_inside
+
+Outcome = TypeVar("Outcome")
 
 MAX_DRAWN_QUERIES = 32
 """The overlay draws at most this many queries, evenly picked: drawing costs 5 ms a query."""
@@ -233,6 +236,28 @@ def predict_hypotheses(
             mixtures.update((i, mixture[row]) for row, i in enumerate(chunk))
             yield len(mixtures)
     return [mixtures[i] for i in range(len(hypotheses))]
+
+
+def answer_asks(
+    predictor: FlowPredictor,
+    view: View,
+    steps: Generator[Ask, Sequence[FlowMixture], Outcome],
+    settings: Settings,
+) -> Outcome:
+    """What steps such as :func:`fpt_ros.planning.plan` return, their asks predicted here."""
+    ask = next(steps)
+    while True:
+        work = predict_hypotheses(predictor, view, ask.hypotheses, ask.queries, settings)
+        try:
+            while True:
+                next(work)
+        except StopIteration as end:
+            predicted = end.value
+        try:
+            ask = steps.send(predicted)
+        except StopIteration as end:
+            outcome: Outcome = end.value
+            return outcome
 
 
 def sample_jointly(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Starts the FPT node on a camera's image topic.
+"""Starts the FPT node on a camera's image topic, and the poke planner if wanted.
 
 ros2 launch fpt_ros fpt.launch.py image:=/camera/color/image_raw
 """
@@ -8,38 +8,55 @@ from pathlib import Path
 
 from launch import LaunchContext, LaunchDescription
 from launch.actions import DeclareLaunchArgument, OpaqueFunction, SetEnvironmentVariable
+from launch.conditions import IfCondition
 from launch.substitutions import LaunchConfiguration
 from launch_ros.actions import Node
 from launch_ros.parameter_descriptions import ParameterValue
 
-from fpt_ros import environment
+from fpt_ros import environment, poke_planner
 from fpt_ros.parameters import FPT_PARAMETERS, Spec
 
 CONFIG = Path(__file__).parents[1] / "config" / "fpt.yaml"
 
-# Each is a launch argument, and a parameter of the node where that argument is given.
+# Each is a launch argument, and a parameter of the nodes where that argument is given.
 PARAMETERS = (*FPT_PARAMETERS, Spec("use_sim_time", False, "Take the time from /clock."))
+SHARED = {spec.name for spec in poke_planner.PARAMETERS} | {"use_sim_time"}  # with the planner
 
 
-def fpt_node(context: LaunchContext) -> list[Node]:
-    """The node, with the parameters of the file and those given as launch arguments."""
+def nodes(context: LaunchContext) -> list[Node]:
+    """The nodes, with the parameters of the file and those given as launch arguments."""
     given = {
         spec.name: ParameterValue(LaunchConfiguration(spec.name), value_type=type(spec.default))
         for spec in PARAMETERS
         if LaunchConfiguration(spec.name).perform(context)
     }
+    common = {
+        "package": "fpt_ros",
+        "namespace": LaunchConfiguration("namespace"),
+        "output": "screen",
+        "emulate_tty": True,
+    }
+    camera_info = ("camera_info", LaunchConfiguration("camera_info"))
     return [
         Node(
-            package="fpt_ros",
             executable="fpt_node",
             name="fpt",
-            namespace=LaunchConfiguration("namespace"),
             parameters=[LaunchConfiguration("params_file"), given],
-            remappings=[(name, LaunchConfiguration(name)) for name in ("image", "camera_info")],
+            remappings=[("image", LaunchConfiguration("image")), camera_info],
             arguments=["--ros-args", "--log-level", ["fpt:=", LaunchConfiguration("log_level")]],
-            output="screen",
-            emulate_tty=True,
-        )
+            **common,
+        ),
+        Node(
+            condition=IfCondition(LaunchConfiguration("planner")),
+            executable="poke_planner",
+            name="poke_planner",
+            parameters=[
+                LaunchConfiguration("params_file"),
+                {name: value for name, value in given.items() if name in SHARED},
+            ],
+            remappings=[camera_info],
+            **common,
+        ),
     ]
 
 
@@ -60,6 +77,12 @@ def generate_launch_description() -> LaunchDescription:
             DeclareLaunchArgument(
                 "params_file", default_value=str(CONFIG), description="File of node parameters."
             ),
+            DeclareLaunchArgument(
+                "planner",
+                default_value="false",
+                choices=["true", "false"],
+                description="Start the poke planner too, which answers what to poke.",
+            ),
             *(
                 DeclareLaunchArgument(
                     spec.name,
@@ -79,6 +102,6 @@ def generate_launch_description() -> LaunchDescription:
                 SetEnvironmentVariable(name, value)
                 for name, value in environment.transport_defaults().items()
             ),
-            OpaqueFunction(function=fpt_node),
+            OpaqueFunction(function=nodes),
         ]
     )

@@ -28,6 +28,12 @@ _VISIBLE_SHARE = 0.004  # of the picture: a part below is not chosen to move
 _SUBJECT_SHARE = (0.03, 0.8)  # of the picture, wanted for the main asset's movable parts together
 _FLOW_RANGE = (0.004, 0.8)  # of the strongest flow in a future; others are drawn anew
 _JITTER = 1e-3  # of its extent: two states of a free body that differ by less are the same
+_HAND_STIFFNESS = (
+    40.0  # 1/s, natural frequency of a hand that leads a point; it is critically damped
+)
+_HAND_RAMP = 0.7  # of the horizon: the hand's way; for the rest it holds
+_LED_DAMPING = 5.0  # 1/s, at which a joint that a hand leads loses its speed
+_HAND_RANK = 1e-2  # of the easier direction's mobility: less is a direction that a joint forbids
 _OCCLUSION_TOLERANCE = 0.01  # relative depth difference that still counts as the same surface
 
 
@@ -492,9 +498,13 @@ class Simulator:
         change = np.zeros((1, model.nv))
         mujoco.mj_solveM(model, data, change, impulse[None])
         qpos = self._step(HORIZON_S, velocity=change[0])
-        # Contacts jitter, and round bodies creep: what hardly moves, or moves so without the push
-        # too, stays where it is.
-        pushed = {int(self._body_of_part[i]) for i in parts}
+        self._undo_jitter(qpos, {int(self._body_of_part[i]) for i in parts})
+        return qpos
+
+    def _undo_jitter(self, qpos: NDArray[np.float64], pushed: set[int]) -> None:
+        """Contacts jitter, and round bodies creep: what hardly moves, or moves so without the push
+        too, stays where it is. Changes `qpos` in place.
+        """
         for free in self._world.free_bodies:
             if free.part.body.id not in pushed:
                 start = self.model.jnt_qposadr[free.part.joint.id]
@@ -503,7 +513,6 @@ class Simulator:
                 alike = (before, self._unpushed()[here])
                 if any(self._same_place(free, qpos[here], other) for other in alike):
                     qpos[here] = before
-        return qpos
 
     def _unpushed(self) -> NDArray[np.float64]:
         """[nq] state after the horizon without a push; stepped once a frame."""
@@ -537,6 +546,102 @@ class Simulator:
             shift[2] += 0.3 * float(np.abs(turning[:2]).max()) * self._world.main_extent.x
         qpos[address : address + 3] += shift
         self._turn(qpos[address + 3 : address + 7], turning)
+
+    # Pokes ----------------------------------------------------------------------------------
+
+    def future_of_poke(self, xy: tuple[float, float], motion: tuple[float, float]) -> Future:
+        """What follows when a hand takes a visible point along; the present state is kept.
+
+        The hand holds the surface point seen at a pixel (by the true depth) and leads it, within
+        `HORIZON_S`, to where it appears displaced by `motion`. It pulls towards the ray of the
+        wanted pixel, not along it: how deep the point then lies is up to the joints. They move as
+        far as that takes, to their limits at most, and not in a direction that they forbid. All
+        joints that carry the body give way alike; gravity is balanced in them, but acts on bodies
+        that lie free. On the static world, and on what another hand holds, this one slips.
+
+        Args:
+            xy: pixel coordinates (u, v) of the point, rounded to a whole pixel.
+            motion: (du, dv) in pixels.
+
+        Raises:
+            ValueError: a value that is not finite, or a point outside the picture.
+        """
+        height, width = self.size
+        values = np.array([*xy, *motion], np.float64)
+        if values.shape != (4,) or not np.isfinite(values).all():
+            raise ValueError(f"expected finite (u, v) and (du, dv), got {xy} and {motion}")
+        u, v = (int(i) for i in np.rint(values[:2]))
+        if not (0 <= u < width and 0 <= v < height):
+            raise ValueError(f"the point must lie in the {width} x {height} picture, got {xy}")
+        frame = self.render()
+        body = int(frame.bodies[v, u])
+        if body == 0:
+            return self._still(np.eye(4))
+        qpos = self._lead(body, self._unproject(frame, u, v), np.array([u, v, 1.0]), values[2:])
+        for i, part in enumerate(self._world.parts):
+            here = slice(self._qpos_of_part[i], self._qpos_of_part[i] + (7 if part.free else 1))
+            if part.held or not (part.free or self._carried_by_part[i, body]):
+                qpos[here] = self.data.qpos[here]
+            elif not part.free:  # MuJoCo's limits are soft: a hand pulls joints beyond them
+                qpos[here] = np.clip(qpos[here], *self._range_of_part[i])
+        self._undo_jitter(qpos, {body})
+        motions = self._motion_to(qpos)
+        description = f"body {body} is led by the hand" if moving_bodies(motions).any() else STILL
+        return Future(motions, np.eye(4, dtype=np.float32), description, qpos, 1)
+
+    def _lead(self, body: int, point: NDArray, pixel: NDArray, motion: NDArray) -> NDArray:
+        """[nq] state after a hand has led `point` [3] of `body` from `pixel` [3] by `motion` [2].
+
+        The point's acceleration across the ray is that of a critically damped spring, for which
+        the force is found through the mobility J inv(M) J' of the two directions across it
+        (Khatib, "A unified approach for motion and force control of robot manipulators: the
+        operational space formulation", 1987).
+        """
+        model, data, rate = self.model, self._scratch, _HAND_STIFFNESS
+        mujoco.mj_resetData(model, data)
+        data.qpos[:] = self.data.qpos
+        local = self.data.xmat[body].reshape(3, 3).T @ (point - self.data.xpos[body])
+        eye, to_world = self.camera_pose[:3, 3], self.camera_pose[:3, :3]
+        carriers = set()
+        carrier = body
+        while carrier:
+            carriers.add(carrier)
+            carrier = int(model.body_parentid[carrier])
+        led = np.isin(model.dof_bodyid, list(carriers))
+        jointed = led & (model.jnt_type[model.dof_jntid] != mujoco.mjtJoint.mjJNT_FREE)
+        resting_damping = model.dof_damping.copy()
+        steps = round(HORIZON_S / model.opt.timestep)
+        jacobian = np.zeros((3, model.nv))
+        try:
+            mujoco.mj_forward(model, data)
+            model.dof_damping[jointed] = _LED_DAMPING * self._joint_inertia(data)[jointed]
+            for step in range(steps):
+                mujoco.mj_step1(model, data)
+                done = min(1.0, (step + 1) / (_HAND_RAMP * steps))
+                wanted = pixel + done * np.append(motion, 0)
+                ray = to_world @ np.linalg.solve(self.intrinsics, wanted)
+                across = np.linalg.svd(ray[None])[2][1:]  # [2, 3]
+                here = data.xpos[body] + data.xmat[body].reshape(3, 3) @ local
+                mujoco.mj_jac(model, data, jacobian, None, here, body)
+                reduced = across @ jacobian  # [2, nv]
+                reduced[:, ~led] = 0
+                unit = np.zeros_like(reduced)
+                mujoco.mj_solveM(model, data, unit, reduced)
+                mobility = reduced @ unit.T
+                pull = -rate * (rate * across @ (here - eye) + 2 * reduced @ data.qvel)
+                force = np.linalg.pinv(mobility, rcond=_HAND_RANK, hermitian=True) @ pull
+                data.qfrc_applied[:] = force @ reduced
+                data.qfrc_applied[jointed] += data.qfrc_bias[jointed]
+                mujoco.mj_step2(model, data)
+        finally:
+            model.dof_damping[:] = resting_damping
+        return data.qpos.copy()
+
+    def _joint_inertia(self, data: mujoco.MjData) -> NDArray[np.float64]:
+        """[nv] diagonal of the inertia matrix; `data` after mj_forward."""
+        full = np.zeros((self.model.nv, self.model.nv))
+        mujoco.mj_fullM(self.model, data, full)
+        return full.diagonal().copy()
 
     @staticmethod
     def _unproject(frame: Frame, u: int, v: int) -> NDArray[np.float64]:

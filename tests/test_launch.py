@@ -19,7 +19,7 @@ from rclpy.qos import DurabilityPolicy, QoSProfile
 from sensor_msgs.msg import CameraInfo, Image
 
 from fpt_msgs.msg import FlowDistribution, PokeArray
-from fpt_ros import image_publisher, poke_publisher
+from fpt_ros import image_publisher, poke_planner, poke_publisher
 from fpt_ros.environment import claim_domain_id
 from fpt_ros.images import image_to_array
 from fpt_ros.parameters import FPT_PARAMETERS, Spec
@@ -68,6 +68,7 @@ def documented(spec: Spec) -> str:
         ("fpt_node", FPT_PARAMETERS),
         ("sim_camera_node", camera_node.PARAMETERS),
         ("image_publisher", image_publisher.PARAMETERS),
+        ("poke_planner", poke_planner.PARAMETERS),
         ("poke_publisher", poke_publisher.PARAMETERS),
     ],
 )
@@ -184,9 +185,11 @@ def test_fpt_launch_takes_namespace_topic_and_parameters(tmp_path: Path) -> None
     model = save_small_model(tmp_path / "fpt-test.safetensors")
     domain, claim = claim_domain_id()
     process = launch(
-        domain, "fpt.launch.py", f"model:={model}", "namespace:=left", "image:=/cam/image_raw"
-    )
+        domain, "fpt.launch.py", f"model:={model}", "namespace:=left", "image:=/cam/image_raw",
+        "planner:=true",
+    )  # fmt: skip
     with claim, process:
+        process.wait_for("planning with /left/fpt/evaluate_pokes", 120.0)
         process.wait_for("subscribed to /cam/image_raw, /left/pokes, /left/queries", 120.0)
         assert "model fpt-test (MIT, 0.5 s ahead) on torch, cpu, fp32" in process.output
         end(process)

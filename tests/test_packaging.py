@@ -26,8 +26,16 @@ from rclpy.serialization import deserialize_message, serialize_message
 from std_msgs.msg import Header
 
 from fpt_msgs.action import SampleFlow
-from fpt_msgs.msg import FlowDistribution, FlowSamples, ModelInfo, Poke, PokeArray, QueryArray
-from fpt_msgs.srv import EvaluatePokes, PredictFlow, SegmentMovingPart
+from fpt_msgs.msg import (
+    FlowDistribution,
+    FlowSamples,
+    ModelInfo,
+    Poke,
+    PokeArray,
+    QueryArray,
+    RankedPoke,
+)
+from fpt_msgs.srv import EvaluatePokes, PlanPoke, PredictFlow, SegmentMovingPart
 from fpt_ros import environment
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -186,6 +194,30 @@ FIELDS: dict[Any, dict[str, str]] = {
         "queries": "sequence<float>",
     },
     EvaluatePokes.Response: {**OUTCOME, "distributions": "sequence<fpt_msgs/FlowDistribution>"},
+    RankedPoke: {
+        "poke": "fpt_msgs/Poke",
+        **dict.fromkeys(
+            (
+                *("score", "success_probability", "plausibility", "disturbance", "progress"),
+                *("progress_std", "information"),
+            ),
+            "float",
+        ),
+    },
+    PlanPoke.Request: {
+        "header": "std_msgs/Header",
+        "goal": "uint8",
+        **dict.fromkeys(("x", "y", "dx", "dy", "tolerance"), "float"),
+        **dict.fromkeys(("keep", "keep_out"), "sequence<float>"),
+        "count": "uint32",
+        "seed": "uint64",
+        "publish": "boolean",
+    },
+    PlanPoke.Response: {
+        **OUTCOME,
+        "header": "std_msgs/Header",
+        "pokes": "sequence<fpt_msgs/RankedPoke>",
+    },
     SampleFlow.Goal: {
         **ABOUT_AN_IMAGE,
         "queries": "sequence<float>",
@@ -275,7 +307,10 @@ def test_an_executable_runs() -> None:
 
 
 def test_light_programs_start_without_heavy_libraries() -> None:
-    light = ("cli", "environment", "image_publisher", "node", "parameters", "poke_publisher")
+    light = (
+        *("cli", "environment", "image_publisher", "node", "parameters", "planning"),
+        *("poke_planner", "poke_publisher"),
+    )
     program = (
         f"import sys; from fpt_ros import {', '.join(light)}; from sim import camera_node;"
         "from fpt_model import config, geometry, mixture, visualize;"

@@ -340,3 +340,64 @@ def test_missing_opengl_names_the_packages(monkeypatch):
     monkeypatch.setattr(environment, "find_library", lambda name: None)
     with pytest.raises(RuntimeError, match="apt-get install libegl1"):
         opengl.make_contexts()
+
+
+@pytest.mark.parametrize("kind", ["drawer", "door", "arm", "lid"])
+def test_a_poke_by_a_true_motion_brings_that_future_about(kind):
+    led = 0
+    for seed in range(3):
+        world = Simulator(kind, seed, SIZE)
+        frame, rng = world.render(), np.random.default_rng(seed)
+        state, damping = world.data.qpos.copy(), world.model.dof_damping.copy()
+        future = world.sample_future(rng)
+        truth = world.truth(frame, future)
+        flow = truth.flow * (SIZE[1], SIZE[0])
+        length = np.linalg.norm(flow, axis=-1)
+        if future.causes != 1 or length.max() < 4:
+            continue
+        places = np.argwhere(length > 0.5 * length.max())
+        v, u = places[rng.integers(len(places))]
+        poked = world.future_of_poke((u, v), flow[v, u])
+        again = world.future_of_poke((u, v), flow[v, u])
+        np.testing.assert_array_equal(poked.qpos, again.qpos)
+        reached = world.truth(frame, poked).flow * (SIZE[1], SIZE[0])
+        np.testing.assert_allclose(reached[v, u], flow[v, u], atol=0.3)
+        if kind != "arm":  # whose other joints give way, too
+            np.testing.assert_array_equal(poked.moving, future.moving)
+            error = np.linalg.norm(reached - flow, axis=-1)[truth.moving]
+            assert np.median(error) < 0.1
+        np.testing.assert_array_equal(world.data.qpos, state)
+        np.testing.assert_array_equal(world.model.dof_damping, damping)
+        led += 1
+    assert led
+
+
+def test_a_hand_moves_no_joint_beyond_its_limits_nor_the_static_world():
+    world = Simulator("drawer", 1, SIZE)
+    frame = world.render()
+    joints = [j for j in range(world.model.njnt) if world.model.jnt_limited[j]]
+    v, u = np.argwhere(frame.bodies > 0)[0]
+    for motion in ((300.0, 0.0), (0.0, -300.0), (0.0, 300.0)):
+        qpos = world.future_of_poke((u, v), motion).qpos
+        for j in joints:
+            low, high = world.model.jnt_range[j]
+            value = qpos[world.model.jnt_qposadr[j]]
+            assert low <= value <= high
+    v, u = np.argwhere(frame.bodies == 0)[0]
+    slipped = world.future_of_poke((u, v), (10.0, 0.0))
+    assert slipped.description == STILL
+    np.testing.assert_array_equal(slipped.qpos, world.data.qpos)
+
+
+@pytest.mark.parametrize(
+    ("xy", "motion", "words"),
+    [
+        ((128, 0), (1, 0), "must lie in the 128 x 96 picture"),
+        ((0, -1), (1, 0), "must lie in the 128 x 96 picture"),
+        ((0, 0), (np.nan, 0), "expected finite"),
+        ((0, 0), (1, 0, 0), "expected finite"),
+    ],
+)
+def test_pokes_outside_or_not_finite_are_refused(xy, motion, words):
+    with pytest.raises(ValueError, match=words):
+        Simulator("drawer", 1, SIZE).future_of_poke(xy, motion)

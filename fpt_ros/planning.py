@@ -1,0 +1,392 @@
+# SPDX-License-Identifier: MIT
+"""Which poke reaches a goal, and which poke tells most about a scene. Needs no ROS, nor torch.
+
+Everything is in px of the image. What predicts may be anywhere: :func:`plan` and :func:`explore`
+are generators that yield what they want predicted and are sent the predictions, so that a node
+waits for a service meanwhile, where a program calls its own predictor
+(:func:`fpt_ros.pipeline.answer_asks`). docs/planner.md says how the scores are meant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, field, fields, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fpt_model.geometry import grid, normalised_to_pixels
+from fpt_model.mixture import FlowMixture
+from fpt_ros.pokes import Pokes, RequestError, Size, check_inside
+
+Array = NDArray[np.float64]
+
+DEFAULT_TOLERANCE = (0.3, 0.02)
+"""Of the length of the goal's motion, or where it has none of the image's longer side."""
+
+_DIRECTIONS = 8  # in which a part without a given motion is pushed to find out what moves along
+_PUSH = 4.0  # tolerances, the length of such a push
+_OFF_PART = 0.1  # how seldom positions off the part are tried, compared with those on it
+_CHECKS = 128  # draws behind a plausibility
+_ENTROPY_DRAWS = 128  # behind an entropy, many of which are averaged
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What a poke shall achieve, in px.
+
+    Attributes:
+        point: ``[2]``, on the part that is to move.
+        motion: ``[D]``, where the point is to go from there; None: wherever its part goes.
+        tolerance: a point that ends this near to where it should be is there; a point that moves
+            less than this stays.
+        keep: ``[M, 2]``, points that must stay.
+        keep_out: ``[N, 3]``, discs (x, y, radius) in which no poke may begin.
+
+    Raises:
+        RequestError: for values that are not finite, motion or radii not positive.
+    """
+
+    point: Array
+    motion: Array | None
+    tolerance: float
+    keep: Array = field(default_factory=lambda: np.zeros((0, 2)))
+    keep_out: Array = field(default_factory=lambda: np.zeros((0, 3)))
+
+    def __post_init__(self) -> None:
+        for name in ("point", "motion", "keep", "keep_out"):
+            value = getattr(self, name)
+            if value is not None and not np.isfinite(value).all():
+                raise RequestError(f"{name} must be finite, received {np.asarray(value).tolist()}")
+        if self.motion is not None and not np.linalg.norm(self.motion) > 0:
+            raise RequestError(f"motion must not be zero, received {self.motion.tolist()}")
+        _check_tolerance(self.tolerance)
+        if (self.keep_out[:, 2] <= 0).any():
+            raise RequestError(
+                f"radii of keep_out must be > 0 px, received {self.keep_out[:, 2].tolist()}"
+            )
+
+
+@dataclass(frozen=True)
+class Search:
+    """How widely pokes are looked for.
+
+    Attributes:
+        kl_threshold: the model's, nats: more influence makes a point part of what moves.
+        cells: (rows, columns) of the grid on which the image is asked about; pokes begin at the
+            centres of its cells.
+        positions: places to poke that are tried, at most.
+        motions: tried at each of them.
+        min_length, max_length: of a poke's motion, px.
+        part_points: points that stand for the part where the goal has no motion.
+        outcomes: motions of a poked point that exploration reckons with.
+        seed: of everything drawn.
+    """
+
+    kl_threshold: float
+    cells: tuple[int, int] = (32, 32)
+    positions: int = 48
+    motions: int = 6
+    min_length: float = 0.0
+    max_length: float = np.inf
+    part_points: int = 24
+    outcomes: int = 8
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Ask:
+    """Wanted: the motion of ``queries [Q, 2]`` under each hypothesis."""
+
+    hypotheses: list[Pokes]
+    queries: Array
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Pokes ``[B]``, best first, and what speaks for and against each ``[B]``.
+
+    Attributes:
+        score: what they are ranked by: ``success * plausibility * (1 - disturbance)``, or the
+            information.
+        success: probability that the goal's point ends within the tolerance of its goal; without
+            a motion: expected share of the part that moves; exploring: probability that the poked
+            point moves at all.
+        plausibility: probability that the poked point moves like this. With a motion: that it
+            moves at all when left to itself, times that it then moves so if the goal is reached.
+        disturbance: expected share of the points to keep that move.
+        progress, progress_std: expected displacement of the goal's point along its motion, as a
+            share of it, and its standard deviation; without a motion: in px, along where it goes;
+            exploring: 0.
+        information: expected to be told about the motion of the other points, nats a point.
+    """
+
+    pokes: Pokes
+    score: Array
+    success: Array
+    plausibility: Array
+    disturbance: Array
+    progress: Array
+    progress_std: Array
+    information: Array
+
+    def __len__(self) -> int:
+        return len(self.pokes)
+
+    def first(self, count: int) -> Plan:
+        """The best ``count`` alone."""
+        return self._at(np.arange(min(count, len(self))))
+
+    def ranked(self) -> Plan:
+        """The same by falling score."""
+        return self._at(np.argsort(-self.score, kind="stable"))
+
+    def _at(self, rows: NDArray[np.intp]) -> Plan:
+        pokes = Pokes(self.pokes.xy[rows], self.pokes.flow[rows])
+        scores = {f.name: getattr(self, f.name)[rows] for f in fields(self) if f.name != "pokes"}
+        return replace(self, pokes=pokes, **scores)
+
+
+Steps = Generator[Ask, Sequence[FlowMixture], Plan]
+"""Yields asks, is sent a mixture ``[Q]`` for each hypothesis, px; returns the plan."""
+
+
+def default_tolerance(motion: Array | None, size: Size) -> float:
+    """That of a goal whose user gave none, px."""
+    of_motion, of_side = DEFAULT_TOLERANCE
+    return float(of_side * max(size) if motion is None else of_motion * np.linalg.norm(motion))
+
+
+def plan(goal: Goal, size: Size, search: Search) -> Steps:
+    """The pokes that reach a goal in an image of ``size``.
+
+    Positions are drawn where the goal would make things move, motions from what the model expects
+    there, and each poke is then asked about: does it bring the goal about?
+
+    Raises:
+        RequestError: the goal's point or one to keep lies outside, or no poke is possible.
+    """
+    check_inside("goal", goal.point[None], size)
+    check_inside("point to keep", goal.keep, size)
+    rng = np.random.default_rng(search.seed)
+    cells = _Cells(size, search.cells)
+
+    pushes = _pushes(goal)
+    here = cells.nearest(goal.point)
+    answers = yield Ask([Pokes(), *pushes], cells.xy)
+    none, given = answers[0], _stack(answers[1:])  # [G], [H, G]
+    likely = np.ones(len(pushes))
+    if goal.motion is None:
+        flow = np.concatenate([push.flow for push in pushes])
+        likely = _alike(none[np.full(len(pushes), here)], flow, goal.tolerance)
+    likely = likely / likely.sum() if likely.sum() > 0 else np.full(len(pushes), 1 / len(pushes))
+    part = likely @ (given.kl(none[None]) > search.kl_threshold) >= 0.5  # [G]
+    still = np.zeros(none.dims)
+    moves = likely @ (1 - given.probability_within(still, goal.tolerance, _CHECKS))
+    part[here] = True
+
+    allowed = _allowed(cells.xy, goal.keep_out)
+    weight = allowed * cells.smooth(moves * np.where(part, 1.0, _OFF_PART))
+    places = _draw(weight, search.positions, rng)
+    at = np.repeat(places, search.motions)
+    motions = []
+    for place in places:
+        pushed = rng.choice(len(pushes), search.motions, p=likely)
+        motions.append(_motions(goal, none[place], given[pushed, place], rng))
+    at, flow = _limit(at, np.concatenate(motions), search)
+    pokes = Pokes(cells.xy[at], flow)
+
+    crowd = cells.xy[rng.permutation(np.flatnonzero(part))[: search.part_points]]
+    points = crowd if goal.motion is None else np.zeros((0, 2))
+    queries = np.concatenate([goal.point[None], points, goal.keep])
+    answers = yield Ask(_each(pokes), queries)
+    predicted = _stack(answers)  # [B, Q]
+
+    stays = predicted[:, 1:].probability_within(still, goal.tolerance)
+    moved, kept = 1 - stays[:, : len(points)], stays[:, len(points) :]
+    target = predicted[:, 0]
+    if goal.motion is None:
+        success = moved.mean(1)
+        plausibility = _alike(none[at], flow, goal.tolerance)
+        way = target.mean()
+        way /= np.maximum(np.linalg.norm(way, axis=-1, keepdims=True), 1e-9)
+        unit = 1.0
+    else:
+        success = target.probability_within(goal.motion, goal.tolerance)
+        alike = given[0][at].probability_within(flow, goal.tolerance, _CHECKS)
+        slow = default_tolerance(None, size)
+        plausibility = alike * (1 - none[at].probability_within(still, slow, _CHECKS))
+        unit = float(np.linalg.norm(goal.motion))
+        way = np.broadcast_to(goal.motion / unit, flow.shape)
+    disturbance = (1 - kept).mean(1) if len(goal.keep) else np.zeros(len(flow))
+    variance = np.einsum("bi,bij,bj->b", way, target.covariance(), way)
+    return Plan(
+        pokes=pokes,
+        score=success * plausibility * (1 - disturbance),
+        success=success,
+        plausibility=plausibility,
+        disturbance=disturbance,
+        progress=np.sum(target.mean() * way, -1) / unit,
+        progress_std=np.sqrt(variance) / unit,
+        information=np.zeros(len(flow)),
+    ).ranked()
+
+
+def explore(size: Size, search: Search, tolerance: float, keep_out: Array | None = None) -> Steps:
+    """The pokes that tell most about how the scene in an image of ``size`` can move.
+
+    The expected reduction of entropy (Lindley, "On a measure of the information provided by an
+    experiment", 1956): whoever pokes a point c learns its motion f, which the model expects to be
+    distributed as p(f_c). Of a point q this tells ``H[p(f_q)] - E_f H[p(f_q | f_c = f)]``, where f
+    is drawn from p(f_c). The points of a coarse grid are averaged, without those near c, and as if
+    they were independent. What the model contradicts itself in can make it negative.
+
+    Args:
+        tolerance: px, what moves less stays.
+        keep_out: ``[N, 3]`` discs as in :class:`Goal`.
+
+    Raises:
+        RequestError: no poke is possible, or a tolerance that is not positive.
+    """
+    _check_tolerance(tolerance)
+    rng = np.random.default_rng(search.seed)
+    cells = _Cells(size, search.cells)
+    coarse = _Cells(size, (8, 8))
+    (none,) = yield Ask([Pokes()], cells.xy)
+    moves = 1 - none.probability_within(np.zeros(none.dims), tolerance)
+    allowed = _allowed(cells.xy, np.zeros((0, 3)) if keep_out is None else keep_out)
+    places = _draw(allowed * cells.smooth(moves), max(1, search.positions // 2), rng)
+    outcomes = none[places].sample(search.outcomes, rng)  # [S, C, D]
+    at = np.tile(places, search.outcomes)
+    drawn = Pokes(cells.xy[at], outcomes.reshape(len(at), -1))
+    answers = yield Ask([Pokes(), *_each(drawn)], coarse.xy)
+    # one by one, with the same draws: what tells nothing is then told to tell exactly that
+    entropy = np.stack([mixture.entropy(_ENTROPY_DRAWS) for mixture in answers])  # [1 + S * C, Q]
+    told = entropy[0] - entropy[1:].reshape(search.outcomes, len(places), -1).mean(0)  # [C, Q]
+    apart = np.linalg.norm(coarse.xy - cells.xy[places][:, None], axis=-1)
+    others = apart > max(size) / (2 * coarse.shape[1])
+    information = np.sum(told * others, 1) / others.sum(1)
+
+    flow = np.stack([_likeliest_motion(none[i], tolerance) for i in places])
+    longest = np.argmax(np.linalg.norm(outcomes, axis=-1), 0)
+    slow = np.linalg.norm(flow, axis=-1) <= tolerance
+    flow[slow] = outcomes[longest, np.arange(len(places))][slow]
+    _, flow = _limit(places, flow, search)
+    zero = np.zeros(len(places))
+    return Plan(
+        pokes=Pokes(cells.xy[places], flow),
+        score=information,
+        success=moves[places],
+        plausibility=_alike(none[places], flow, tolerance),
+        disturbance=zero,
+        progress=zero,
+        progress_std=zero,
+        information=information,
+    ).ranked()
+
+
+class _Cells:
+    """The cells of a grid over the image: ``xy [G, 2]``, their centres in px, row by row."""
+
+    def __init__(self, size: Size, shape: tuple[int, int]) -> None:
+        self.shape = shape
+        self.xy = normalised_to_pixels(grid(shape), size)
+        rows, columns = np.divmod(np.arange(len(self.xy)), shape[1])
+        step = np.array([-1, 0, 1])
+        near_rows = np.clip(rows[:, None] + step, 0, shape[0] - 1)
+        near_columns = np.clip(columns[:, None] + step, 0, shape[1] - 1)
+        near = near_rows[:, :, None] * shape[1] + near_columns[:, None, :]
+        self._around = near.reshape(len(self.xy), 9)
+
+    def smooth(self, field: Array) -> Array:
+        """A field ``[G]`` averaged over each cell and its neighbours."""
+        return field[self._around].mean(1)
+
+    def nearest(self, point: Array) -> int:
+        """The cell whose centre is next to a point."""
+        return int(np.argmin(np.sum(np.square(self.xy - point), -1)))
+
+
+def _check_tolerance(tolerance: float) -> None:
+    if not (np.isfinite(tolerance) and tolerance > 0):
+        raise RequestError(f"tolerance must be > 0 px, received {tolerance:g}")
+
+
+def _stack(mixtures: Sequence[FlowMixture]) -> FlowMixture:
+    return FlowMixture(
+        np.stack([m.log_weights for m in mixtures]),
+        np.stack([m.means for m in mixtures]),
+        np.stack([m.scale_tril for m in mixtures]),
+    )
+
+
+def _each(pokes: Pokes) -> list[Pokes]:
+    """Pokes as hypotheses of one poke each."""
+    return [Pokes(xy[None], flow[None]) for xy, flow in zip(pokes.xy, pokes.flow, strict=True)]
+
+
+def _pushes(goal: Goal) -> list[Pokes]:
+    """Pokes of the goal's own point that show what moves along with it."""
+    if goal.motion is not None:
+        return [Pokes(goal.point[None], goal.motion[None])]
+    angles = np.arange(_DIRECTIONS) * 2 * np.pi / _DIRECTIONS
+    motions = _PUSH * goal.tolerance * np.stack([np.cos(angles), np.sin(angles)], -1)
+    return [Pokes(goal.point[None], motion[None]) for motion in motions]
+
+
+def _alike(mixture: FlowMixture, flow: Array, tolerance: float) -> Array:
+    """Probability of moving about like ``flow``, within half its length; 0 if that is to stay."""
+    length = np.linalg.norm(flow, axis=-1)
+    alike = mixture.probability_within(flow, length / 2, _CHECKS)
+    return np.where(length > tolerance, alike, 0.0)
+
+
+def _allowed(xy: Array, keep_out: Array) -> NDArray[np.bool_]:
+    distance = np.linalg.norm(xy[:, None] - keep_out[:, :2], axis=-1)
+    allowed = (distance > keep_out[:, 2]).all(1)
+    if not allowed.any():
+        raise RequestError("keep_out leaves no place to poke")
+    return np.asarray(allowed)
+
+
+def _draw(weight: Array, count: int, rng: np.random.Generator) -> NDArray[np.intp]:
+    """At most ``count`` different cells, those of greater weight more likely."""
+    possible = int(np.count_nonzero(weight))
+    if not possible:
+        raise RequestError("expected a place to poke that could move, found none")
+    return rng.choice(len(weight), min(count, possible), replace=False, p=weight / weight.sum())
+
+
+def _motions(goal: Goal, none: FlowMixture, given: FlowMixture, rng: np.random.Generator) -> Array:
+    """Motions ``[N, D]`` for one place; ``given [N]``: its motion when the goal's point is pushed.
+
+    The goal's own and what is expected here, the rest drawn, of varied length.
+    """
+    drawn = given.sample(1, rng)[0]
+    drawn *= np.exp(rng.uniform(-0.5, 0.5, (len(drawn), 1)))
+    if goal.motion is None:
+        first = np.stack([_likeliest_motion(none, goal.tolerance), given.mean()[0]])
+        drawn[2::2] = none.sample(len(drawn[2::2]), rng)
+    else:
+        expected = given[0]
+        first = np.stack([goal.motion, expected.mean(), expected.mode(), expected.median()])
+    drawn[: len(first)] = first[: len(drawn)]
+    return drawn
+
+
+def _likeliest_motion(none: FlowMixture, tolerance: float) -> Array:
+    """``[D]``: mean of the most probable component that moves, or if none does of the fastest."""
+    modes = none.modes()
+    length = np.linalg.norm(modes.means, axis=-1)
+    moving = np.flatnonzero(length > tolerance)
+    return np.asarray(modes.means[moving[0] if len(moving) else np.argmax(length)])
+
+
+def _limit(at: NDArray[np.intp], flow: Array, search: Search) -> tuple[NDArray[np.intp], Array]:
+    """Cells ``[N]`` and motions ``[N, D]`` within the lengths allowed, without those of none."""
+    length = np.linalg.norm(flow, axis=-1)
+    real = length > 0
+    if not real.any():
+        raise RequestError("expected a place to poke that could move, found none")
+    scale = np.clip(length[real], search.min_length, search.max_length) / length[real]
+    return at[real], flow[real] * scale[:, None]

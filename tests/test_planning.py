@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: MIT
+"""Planning and exploration in worlds whose motion is known in closed form, and with a model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+from node_harness import save_small_model
+
+from fpt_model import FlowMixture, FlowPredictor, load_model
+from fpt_ros.pipeline import Settings, View, answer_asks
+from fpt_ros.planning import Ask, Goal, Plan, Search, Steps, default_tolerance, explore, plan
+from fpt_ros.pokes import Pokes, RequestError
+
+SIZE = (100, 200)  # px
+STILL_STD, NOISE_STD = 0.1, 0.5  # px, of what stays and of what is moved along
+SEARCH = Search(kl_threshold=1.0, cells=(20, 40))
+
+World = Callable[[Pokes, np.ndarray], FlowMixture]
+"""What such a world does: the motion of the queries under the pokes."""
+
+
+def follow(steps: Steps, world: World) -> Plan:
+    """What the planning comes to in a world."""
+    answers = None
+    while True:
+        try:
+            ask: Ask = next(steps) if answers is None else steps.send(answers)
+        except StopIteration as end:
+            return end.value
+        answers = [world(pokes, ask.queries) for pokes in ask.hypotheses]
+
+
+def on_part(xy: np.ndarray) -> np.ndarray:
+    """The part: a square of 40 px about (60, 50)."""
+    return (np.abs(xy - (60, 50)) <= 20).all(-1)
+
+
+def drawer(pokes: Pokes, queries: np.ndarray) -> FlowMixture:
+    """The part slides along x, by up to about 10 px; the rest stays. A poke there is followed."""
+    moving = on_part(queries)
+    means = np.zeros((len(queries), 3, 2))
+    stds = np.full((len(queries), 3), STILL_STD)
+    if len(pokes) and on_part(pokes.xy)[0]:
+        means[moving] = pokes.flow[0]
+        stds[moving] = NOISE_STD
+    else:
+        means[moving, 1:, 0] = (10.0, -10.0)
+        stds[moving, 1:] = 2.0
+    log_weights = np.broadcast_to(np.log([0.5, 0.25, 0.25]), stds.shape)
+    return FlowMixture(log_weights, means, stds[..., None, None] * np.eye(2))
+
+
+def test_probability_within_is_that_of_sampling_and_of_the_closed_form() -> None:
+    rng = np.random.default_rng(0)
+    mixture = FlowMixture(
+        np.log(rng.dirichlet(np.ones(4), 5)),
+        rng.normal(0, 2, (5, 4, 2)),
+        np.tril(rng.normal(0, 1, (5, 4, 2, 2))) + 1.5 * np.eye(2),
+    )
+    centre = rng.normal(0, 1, (5, 2))
+    radius = np.array([0.5, 1, 2, 3, 4])
+    draws = mixture.sample(200_000, rng)
+    sampled = np.mean(np.linalg.norm(draws - centre, axis=-1) <= radius, 0)
+    estimate = mixture.probability_within(centre, radius, 4096)
+    np.testing.assert_allclose(estimate, sampled, atol=0.02)
+    np.testing.assert_array_equal(estimate, mixture.probability_within(centre, radius, 4096))
+    # |f| of an isotropic Gaussian is Rayleigh, in space Maxwell
+    for dims, expected in ((2, 1 - np.exp(-0.5)), (3, 0.198748)):
+        unit = FlowMixture(np.zeros(1), np.zeros((1, dims)), np.eye(dims)[None])
+        assert unit.probability_within(np.zeros(dims), 1.0, 4096) == pytest.approx(
+            expected, abs=0.02
+        )
+    with pytest.raises(ValueError, match="even and >= 2, received 3"):
+        mixture.probability_within(centre, 1.0, samples=3)
+
+
+def test_a_point_is_moved_by_a_poke_elsewhere_on_its_part() -> None:
+    goal = Goal(
+        np.array([60.0, 50.0]), np.array([9.0, 0.0]), 2.0, keep_out=np.array([[60.0, 50.0, 8.0]])
+    )
+    found = follow(plan(goal, SIZE, SEARCH), drawer)
+    assert 100 < len(found) <= SEARCH.positions * SEARCH.motions
+    assert np.all(np.diff(found.score) <= 0)
+    assert np.all(np.linalg.norm(found.pokes.xy - (60, 50), axis=-1) > 8)
+    assert not on_part(found.pokes.xy).all()  # around it was tried, too
+    best = found.first(10)
+    assert on_part(best.pokes.xy).all()
+    np.testing.assert_allclose(best.pokes.flow, np.tile([9.0, 0.0], (10, 1)), atol=1.0)
+    # exactly by the goal's motion: within 2 px of it with a standard deviation of 0.5 px
+    exact = np.abs(best.pokes.flow - (9, 0)).max(-1) < 1e-9
+    assert exact.any()
+    np.testing.assert_allclose(best.success[exact], 1 - np.exp(-8), atol=5e-3)
+    np.testing.assert_allclose(best.progress[exact], 1, atol=1e-6)
+    np.testing.assert_allclose(best.progress_std[exact], NOISE_STD / 9, rtol=1e-6)
+    np.testing.assert_allclose(found.score, found.success * found.plausibility, rtol=1e-12)
+
+
+def test_ranking_is_the_same_for_a_seed_and_another_for_another() -> None:
+    goal = Goal(np.array([60.0, 50.0]), np.array([9.0, 0.0]), 2.0)
+    one, again = (follow(plan(goal, SIZE, SEARCH), drawer) for _ in range(2))
+    other = follow(plan(goal, SIZE, Search(1.0, cells=(20, 40), seed=1)), drawer)
+    for field in fields(Plan):
+        if field.name != "pokes":
+            np.testing.assert_array_equal(getattr(one, field.name), getattr(again, field.name))
+    np.testing.assert_array_equal(one.pokes.flow, again.pokes.flow)
+    assert not np.array_equal(one.pokes.xy, other.pokes.xy)
+
+
+def test_points_to_keep_decide_where_to_poke() -> None:
+    """Whoever pokes the left half moves a point at the right, too."""
+    kept = np.array([[150.0, 50.0], [190.0, 50.0]])
+
+    def coupled(pokes: Pokes, queries: np.ndarray) -> FlowMixture:
+        mixture = drawer(pokes, queries)
+        if len(pokes) and pokes.xy[0, 0] < 60:
+            means = mixture.means.copy()
+            means[(queries == kept[0]).all(-1)] += (8.0, 0.0)
+            mixture = FlowMixture(mixture.log_weights, means, mixture.scale_tril)
+        return mixture
+
+    point, motion = np.array([60.0, 50.0]), np.array([9.0, 0.0])
+    found = follow(plan(Goal(point, motion, 2.0, keep=kept), SIZE, SEARCH), coupled)
+    left = found.pokes.xy[:, 0] < 60
+    np.testing.assert_allclose(found.disturbance[left], 0.5, atol=1e-3)  # one of two
+    np.testing.assert_allclose(found.disturbance[~left], 0, atol=1e-3)
+    assert not left[0]
+    free = follow(plan(Goal(point, motion, 2.0), SIZE, SEARCH), coupled)
+    np.testing.assert_array_equal(free.disturbance, 0)
+
+
+def test_a_part_is_opened_along_the_way_that_it_can_go() -> None:
+    goal = Goal(np.array([60.0, 50.0]), None, 3.0)
+    found = follow(plan(goal, SIZE, SEARCH), drawer)
+    best = found.first(5)
+    assert on_part(best.pokes.xy).all()
+    angle = np.abs(best.pokes.flow[:, 1] / best.pokes.flow[:, 0])
+    assert angle.max() < 0.5, best.pokes.flow
+    assert best.success.min() > 0.9
+    across = np.abs(found.pokes.flow[:, 1]) > 2 * np.abs(found.pokes.flow[:, 0])
+    assert across.any()
+    assert found.plausibility[across].max() < best.plausibility.min()
+    np.testing.assert_allclose(best.progress, np.linalg.norm(best.pokes.flow, axis=-1), rtol=1e-6)
+
+
+def test_lengths_are_limited() -> None:
+    goal = Goal(np.array([60.0, 50.0]), np.array([9.0, 0.0]), 2.0)
+    search = Search(1.0, cells=(20, 40), min_length=4.0, max_length=6.0)
+    for steps in (plan(goal, SIZE, search), explore(SIZE, search, 2.0)):
+        length = np.linalg.norm(follow(steps, drawer).pokes.flow, axis=-1)
+        assert length.min() >= 4 - 1e-9
+        assert length.max() <= 6 + 1e-9
+
+
+def test_exploring_tells_the_information_of_jointly_gaussian_points() -> None:
+    """All points move together but for noise: what each tells of the others has a closed form."""
+    together, noise = 5.0, 0.5  # px
+
+    def cloth(pokes: Pokes, queries: np.ndarray) -> FlowMixture:
+        n = len(queries)
+        mean = pokes.flow[0] if len(pokes) else np.zeros(2)
+        std = noise if len(pokes) else np.hypot(together, noise)
+        return FlowMixture(
+            np.zeros((n, 1)), np.tile(mean, (n, 1, 1)), np.tile(std * np.eye(2), (n, 1, 1, 1))
+        )
+
+    found = follow(explore(SIZE, Search(1.0, cells=(20, 40)), 2.0), cloth)
+    # in two dimensions H = log(2 pi e s^2)
+    expected = np.log((together**2 + noise**2) / noise**2)
+    np.testing.assert_allclose(found.information, expected, atol=0.15)
+    np.testing.assert_array_equal(found.score, found.information)
+
+
+def test_exploring_prefers_what_is_uncertain_and_tells_of_much() -> None:
+    found = follow(explore(SIZE, SEARCH, 2.0), drawer)
+    assert on_part(found.pokes.xy[0])
+    assert found.success[0] == pytest.approx(0.5, abs=0.02)  # that it moves at all
+    assert abs(found.pokes.flow[0, 0]) == pytest.approx(10)
+    assert found.information[0] > 0.02
+    kept_out = np.array([[60.0, 50.0, 40.0]])
+    outside = follow(explore(SIZE, SEARCH, 0.1, kept_out), drawer)
+    assert np.linalg.norm(outside.pokes.xy - (60, 50), axis=-1).min() > 40
+    np.testing.assert_allclose(outside.information, 0, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"point": np.array([250.0, 50.0])}, "goal 0 of 1 at x=250, y=50 px lies outside"),
+        ({"point": np.array([np.nan, 50.0])}, "point must be finite, received [nan, 50.0]"),
+        ({"motion": np.zeros(2)}, "motion must not be zero, received [0.0, 0.0]"),
+        ({"motion": np.array([np.inf, 0])}, "motion must be finite, received [inf, 0.0]"),
+        ({"tolerance": 0.0}, "tolerance must be > 0 px, received 0"),
+        ({"keep": np.array([[5.0, 120.0]])}, "point to keep 0 of 1 at x=5, y=120 px lies outside"),
+        ({"keep_out": np.array([[5.0, 5.0, -1.0]])}, "must be > 0 px, received [-1.0]"),
+        ({"keep_out": np.array([[100.0, 50.0, 1e3]])}, "keep_out leaves no place to poke"),
+    ],
+)
+def test_senseless_goals_are_refused(values: dict[str, np.ndarray], words: str) -> None:
+    goal = {"point": np.array([60.0, 50.0]), "motion": np.array([9.0, 0.0]), "tolerance": 2.0}
+    with pytest.raises(RequestError, match=re.escape(words)):
+        follow(plan(Goal(**{**goal, **values}), SIZE, SEARCH), drawer)
+
+
+def test_default_tolerances() -> None:
+    assert default_tolerance(np.array([30.0, 40.0]), (480, 640)) == pytest.approx(15)
+    assert default_tolerance(None, (480, 640)) == pytest.approx(12.8)
+
+
+def test_the_predictor_is_asked_as_the_library_answers(tmp_path: Path) -> None:
+    predictor = FlowPredictor(load_model(save_small_model(tmp_path / "small.safetensors")))
+    image = np.random.default_rng(0).integers(0, 255, (48, 64, 3), np.uint8)
+    view = View(image, predictor.encode(image))
+    goal = Goal(np.array([30.0, 20.0]), np.array([6.0, 2.0]), 2.0)
+    search = Search(0.05, cells=(8, 8), positions=5, motions=3)
+    found = answer_asks(predictor, view, plan(goal, view.size, search), Settings())
+    assert len(found) == 15
+    for row in (0, 14):
+        mixture = view.in_pixels(
+            predictor.predict(
+                view.scene,
+                *view.normalised(Pokes(found.pokes.xy[[row]], found.pokes.flow[[row]])),
+                (goal.point[None] + 0.5) / (64, 48),
+            )
+        )
+        success = mixture.probability_within(goal.motion, goal.tolerance)[0]
+        assert found.success[row] == pytest.approx(success, abs=1e-3)
+        progress = mixture.mean()[0] @ goal.motion / (goal.motion @ goal.motion)
+        assert found.progress[row] == pytest.approx(progress, abs=1e-4)
