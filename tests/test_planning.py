@@ -76,6 +76,9 @@ def test_probability_within_is_that_of_sampling_and_of_the_closed_form() -> None
         assert unit.probability_within(np.zeros(dims), 1.0, 4096) == pytest.approx(
             expected, abs=0.02
         )
+    weights = np.log(rng.dirichlet(np.ones(4), 1000))  # some add up to more than 1
+    many = FlowMixture(weights, np.zeros((1000, 4, 2)), np.tile(np.eye(2), (1000, 4, 1, 1)))
+    assert many.probability_within(np.zeros(2), 1e9, 2).max() <= 1
     with pytest.raises(ValueError, match="even and >= 2, received 3"):
         mixture.probability_within(centre, 1.0, samples=3)
 
