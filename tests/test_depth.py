@@ -567,7 +567,7 @@ def test_mistakes_with_depth_are_named(
     assert words in " ".join(capsys.readouterr().err.split())
 
 
-@pytest.mark.skipif(importlib.util.find_spec("open3d") is not None, reason="Open3D is installed")
+@pytest.mark.skipif(importlib.util.find_spec("open3d") is not None, reason="Open3D is there")
 def test_a_view_needs_open3d(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     depth = "--depth", folder / "depth.npy", "--ply-grid", "8x6", "--view"
     assert fpt_predict(folder, "--poke", "30,20,5,0", *depth) == 2
@@ -575,7 +575,7 @@ def test_a_view_needs_open3d(folder: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 def test_open3d_reads_and_shows_what_is_written(tmp_path: Path) -> None:
-    open3d = pytest.importorskip("open3d")
+    open3d = pytest.importorskip("open3d", exc_type=ImportError)
     rng = np.random.default_rng(0)
     columns = {name: rng.random(20).astype(np.float32) for name in ("x", "y", "z")}
     columns |= {n: rng.integers(0, 255, 20, dtype=np.uint8) for n in ("red", "green", "blue")}

@@ -7,6 +7,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from node_harness import save_small_model
@@ -18,7 +19,12 @@ from fpt_model.scene_flow import displacement
 from fpt_ros.cli import main
 from sim.dataset import Settings, replay, write_dataset
 from training.data import Shards
-from training.evaluation.depth import depth_figures, depth_scenes, measure_depth
+from training.evaluation.depth import (
+    depth_figures,
+    depth_scenes,
+    measure_depth,
+    relative_to_color,
+)
 from training.evaluation.figures import Rows
 from training.evaluation.measure import RADII
 from training.evaluation.run import load_predictor
@@ -83,8 +89,13 @@ def test_other_shards_than_the_simulation_makes_are_refused(data: Path) -> None:
 def test_figures_in_space(data: Path, models: tuple[Path, Path]) -> None:
     planar, solid = (load_predictor(str(path)) for path in models)
     scenes = list(depth_scenes(Shards(data, "val"), "val", SUITE, 0))
-    rows = [measure_depth(solid, planar, scene, SUITE.grid) for scene in scenes]
-    for row, scene in zip(rows, scenes, strict=True):
+    rows, shown = zip(
+        *(measure_depth(solid, planar, scene, SUITE.grid) for scene in scenes), strict=True
+    )
+    for row, scene, picture in zip(rows, scenes, shown, strict=True):
+        np.testing.assert_allclose(picture.relative, 0, atol=1e-9)
+        if scene.hidden.sum() >= 50:
+            assert row["occlusion/true"] > row["occlusion/solid/no_depth"] - 0.05
         prefix = "largest/solid/epe/all/"
         still = np.linalg.norm(scene.flow, axis=-1).mean()
         np.testing.assert_allclose(row[f"{prefix}no_motion"], still)
@@ -110,6 +121,12 @@ def test_figures_in_space(data: Path, models: tuple[Path, Path]) -> None:
     assert hidden["scenes"] == sum(scene.hidden.sum() >= 50 for scene in scenes)
 
 
+def test_colours_of_motion_in_depth() -> None:
+    colours = relative_to_color(np.array([[-0.2, 0.0, 0.1, 0.4]]), 0.2)
+    expected = [[[255, 0, 0], [255, 255, 255], [128, 128, 255], [0, 0, 255]]]
+    np.testing.assert_array_equal(colours, expected)
+
+
 def test_fpt_eval_measures_depth(
     data: Path, models: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -123,6 +140,7 @@ def test_fpt_eval_measures_depth(
     for split in ("val", "held_out"):
         assert figures["splits"][split]["depth"]["scenes"] == figures["splits"][split]["scenes"]
         assert figures["splits"][split]["camera"]["scenes"] > 0
+        assert cv2.imread(str(tmp_path / f"{split}-depth.png")).std() > 5
     report = capsys.readouterr().out
     value = 100 * figures["splits"]["val"]["depth"]["largest"]["planar"]["z_all"]["median"]
     line = next(

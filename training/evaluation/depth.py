@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -14,15 +14,17 @@ from fpt_model.geometry import displacement_normalised_to_pixels, normalised_to_
 from fpt_model.occlusion import occluded
 from fpt_model.predictor import Scene as EncodedScene
 from fpt_model.scene_flow import displacement, image_motion, reduce_motion, upsample_motion
-from fpt_model.visualize import RGBImage
+from fpt_model.visualize import RGBImage, draw_overlay, side_by_side
 from sim.dataset import Settings, StoredSample, replay
 from training.data import Shards
 from training.evaluation.figures import Figures, Rows, bootstrap_interval
 from training.evaluation.measure import RADII, Row, end_point_error, intersection_over_union
+from training.evaluation.report import in_two_columns
 from training.evaluation.scenes import FloatArray, Mask, Scene, simulated_scenes
 from training.evaluation.suite import EvaluationError, Suite
 
 MIN_HIDDEN = 50  # px; scenes in which less is hidden afterwards do not count for its IoU
+NEARER = 0.01  # relative depth; what is nearer by less is the same surface
 MIN_SIGNED = 0.01  # relative depth; points that truly move less in depth have no sign
 PLACES = ("largest", "random")
 POKED = ("solid", "planar")  # whether the poke tells its motion in depth
@@ -42,7 +44,8 @@ class DepthScene(NamedTuple):
     xy: FloatArray  # [C, 2] px
     z: FloatArray  # [C] m
     flow: FloatArray  # [C, 3] m, true
-    relative: FloatArray  # [C] true relative depth of all the scene's points
+    relative: FloatArray  # [points of the scene] true relative depth
+    motion: FloatArray  # [H, W, 3] true, px and relative depth
     hidden: Mask  # [H, W]: seen now, in the picture but hidden afterwards; with depth alone
 
     @property
@@ -67,7 +70,7 @@ def depth_scenes(shards: Shards, split: str, suite: Suite, seed: int) -> Iterato
 
 
 def _hidden(sample: StoredSample, split: str, index: int, future: int, settings: Settings) -> Mask:
-    """``[H, W]``, by the second rendering."""
+    """``[H, W]``: where the second rendering shows something nearer than what went there."""
     drawn = replay(split, index, settings)
     step = sample.depth.max() / 65535
     if np.abs(drawn.frame.depth - sample.depth).max() > 2 * step:
@@ -75,14 +78,15 @@ def _hidden(sample: StoredSample, split: str, index: int, future: int, settings:
             f"image {index} of {split} ({sample.kind} {sample.seed}) is not what the simulation "
             "draws here; make the shards anew on this machine"
         )
-    truth = drawn.world.truth(drawn.frame, drawn.futures[future])
-    height, width = sample.depth.shape
-    rows, columns = np.mgrid[0:height, 0:width]
-    after = np.stack([columns, rows], -1) + displacement_normalised_to_pixels(
-        truth.flow, (height, width)
-    )
-    inside = ((after > -0.5) & (after < [width - 0.5, height - 0.5])).all(-1)
-    hidden: Mask = truth.occluded & inside & (sample.depth > 0)
+    seen_later = drawn.world.after(drawn.futures[future]).depth
+    size = height, width = sample.depth.shape
+    pixel = np.indices(size)[::-1].reshape(2, -1).T
+    moved = sample.flow_at(future, pixel)
+    after = np.floor(pixel + displacement_normalised_to_pixels(moved.flow, size) + 0.5).astype(int)
+    inside = ((after >= 0) & (after < [width, height])).all(-1)
+    u, v = np.clip(after, 0, [width - 1, height - 1]).T
+    nearer = (seen_later[v, u] > 0) & (seen_later[v, u] < moved.depth * (1 - NEARER))
+    hidden: Mask = (inside & nearer & (sample.depth.ravel() > 0)).reshape(size)
     return hidden
 
 
@@ -93,6 +97,8 @@ def _with_depth(sample: StoredSample, future: int, scene: Scene, hidden: Mask) -
     z = depth.at(pixels)
     true = sample.flow_at(future, pixels.astype(int))
     known = np.isfinite(z)
+    (height, width), pixel = depth.size, np.indices(depth.size)[::-1].reshape(2, -1).T
+    motion = sample.flow_at(future, pixel).motion * [width, height, 1]
     return DepthScene(
         scene,
         scene.kind,
@@ -103,6 +109,7 @@ def _with_depth(sample: StoredSample, future: int, scene: Scene, hidden: Mask) -
         z[known],
         true.scene_flow[known].astype(np.float64),
         true.depth_change.astype(np.float64),
+        motion.reshape(height, width, 3),
         hidden,
     )
 
@@ -110,15 +117,26 @@ def _with_depth(sample: StoredSample, future: int, scene: Scene, hidden: Mask) -
 # ------------------------------------------------------------------------------------- measuring
 
 
+class ShownDepth(NamedTuple):
+    """A scene and what the model says when it is poked in depth at its largest motion."""
+
+    scene: DepthScene
+    relative: FloatArray  # [points of the scene] median
+    hidden: Mask  # [H, W]
+
+
 def measure_depth(
     predictor: FlowPredictor, planar: FlowPredictor | None, scene: DepthScene, grid: int
-) -> Row:
+) -> tuple[Row, ShownDepth]:
     """Errors in space by place and kind of poke, IoU of what is hidden; in the image also those of
-    a ``planar`` model."""
+    a ``planar`` model. And what is worth a picture."""
     base, camera = scene.scene, scene.depth.intrinsics
     encoded = predictor.encode(base.image)
     beside = planar.encode(base.image) if planar is not None else None
-    row: Row = {"hidden": float(scene.hidden.sum())}
+    row: Row = {
+        "hidden": float(scene.hidden.sum()),
+        "occlusion/true": _iou(occluded(scene.depth.metres, scene.motion), scene),
+    }
     for place, poke in zip(PLACES, (int(base.pokes[0]), base.drawn), strict=True):
         copied = _copied(scene, poke)
         for poked in POKED:
@@ -127,14 +145,16 @@ def measure_depth(
             motions = {how: reduce_motion(pixels, how, camera) for how in MODEL}
             _put_space(row, f"{place}/{poked}/", scene, motions, copied)
             if place == "largest":
-                _put_occlusion(row, f"{poked}/", scene, motions["median"], grid)
+                hidden = _put_occlusion(row, f"{poked}/", scene, motions["median"], grid)
+            if (place, poked) == ("largest", "solid"):
+                shown = ShownDepth(scene, motions["median"][:, 2], hidden)
         if place == "largest":
             row["occlusion/copy"] = _copied_occlusion(scene, poke)
         _put_image(row, f"{place}/image/", predictor, encoded, base, scene.relative, poke, grid)
         if planar is not None:
             prefix = f"{place}/planar_model/"
             _put_image(row, prefix, planar, beside, base, scene.relative, poke, grid)
-    return row
+    return row, shown
 
 
 def _predict(
@@ -212,9 +232,12 @@ def _iou(predicted: Mask, scene: DepthScene) -> float:
     return float(intersection_over_union(predicted.ravel(), scene.hidden.ravel()))
 
 
-def _put_occlusion(row: Row, poked: str, scene: DepthScene, motion: FloatArray, grid: int) -> None:
-    row[f"occlusion/{poked}median"] = _iou(_occlusion(scene, motion, grid), scene)
+def _put_occlusion(row: Row, poked: str, scene: DepthScene, motion: FloatArray, grid: int) -> Mask:
+    """Returns the mask ``[H, W]``."""
+    hidden = _occlusion(scene, motion, grid)
+    row[f"occlusion/{poked}median"] = _iou(hidden, scene)
     row[f"occlusion/{poked}no_depth"] = _iou(_occlusion(scene, motion * [1, 1, 0], grid), scene)
+    return hidden
 
 
 def _copied_occlusion(scene: DepthScene, poke: int) -> FloatArray:
@@ -314,9 +337,49 @@ def _occlusion_figures(rows: Rows, over: str) -> Figures:
         for poked in POKED
         for name in ("median", "no_depth")
     }
+    values["true"] = chosen["occlusion/true"]
     copied = chosen["occlusion/copy"]
     values["copy"] = copied[:, copied.mean(0).argmax()]
     for name, iou in values.items():
         figures[name] = float(iou.mean())
         figures[f"{name}_interval"] = bootstrap_interval(chosen.clusters(over), iou)
     return figures
+
+
+# -------------------------------------------------------------------------------------- pictures
+
+
+def depth_sheet(shown: Sequence[ShownDepth], grid: int) -> RGBImage:
+    """Scenes in two columns: picture with the poke, motion in depth and what it hides, true and
+    predicted. Red comes nearer, blue goes away."""
+    captions = ["poke", "true depth motion", "median", "true hidden", "predicted"]
+    rows, none = [], np.zeros((0, 2))
+    for scene, relative, hidden in shown:
+        base, size = scene.scene, scene.depth.size
+        poke = base.pokes[:1]
+        xy = normalised_to_pixels(base.points[poke], size)
+        flow = displacement_normalised_to_pixels(base.flow[poke], size)
+        largest = max(MIN_SIGNED, float(np.abs(scene.relative).max()))
+        fields = [
+            relative_to_color(field.reshape(grid, grid), largest)
+            for field in (scene.relative, relative)
+        ]
+        masks = [
+            draw_overlay(base.image, none, none, none, None, mask=mask.astype(np.float32))
+            for mask in (scene.hidden, hidden)
+        ]
+        panels = [draw_overlay(base.image, xy, flow, none, None), *fields, *masks]
+        title = (
+            f"{scene.kind}: relative depth of the poke {scene.relative[poke[0]]:+.3f}, there "
+            f"predicted {relative[poke[0]]:+.3f}; IoU of what is hidden {_iou(hidden, scene):.2f}"
+        )
+        rows.append(side_by_side(panels, captions, title, panel_height=160))
+    return in_two_columns(rows)
+
+
+def relative_to_color(field: FloatArray, largest: float) -> RGBImage:
+    """``[h, w]`` to RGB: white is 0, red comes nearer, blue goes away, both full at ``largest``."""
+    share = np.clip(field / largest, -1, 1)[..., None]
+    colour = np.where(share < 0, [255.0, 0.0, 0.0], [0.0, 0.0, 255.0])
+    blended = 255 * (1 - np.abs(share)) + colour * np.abs(share)
+    return np.asarray(blended.round(), np.uint8)

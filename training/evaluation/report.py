@@ -204,6 +204,7 @@ def _depth(figures: Figures) -> str:
                 ("planar/median", "poked in the image"),
                 ("planar/no_depth", "... with z = 0"),
                 ("copy", "poke copied in space, best radius"),
+                ("true", "the true motion itself"),
             )
         ]
         header = [f"what will be hidden, {hidden['scenes']} scenes", "IoU", "95 % interval"]
@@ -381,11 +382,16 @@ def contact_sheet(shown: Sequence[Shown], threshold: float, grid: int) -> RGBIma
             scene.kind, *errors, float(intersection_over_union(part, scene.moving))
         )
         rows.append(side_by_side(panels, captions, title, panel_height=160))
+    return in_two_columns(rows)
+
+
+def in_two_columns(rows: Sequence[RGBImage]) -> RGBImage:
+    """Pictures of equal height, two beside each other."""
     width = max(row.shape[1] for row in rows)
-    rows = [np.pad(r, ((0, 0), (0, width - r.shape[1]), (0, 0)), constant_values=255) for r in rows]
-    if len(rows) % 2:
-        rows.append(np.full_like(rows[0], 255))
-    pairs = zip(rows[::2], rows[1::2], strict=True)
+    full = [np.pad(r, ((0, 0), (0, width - r.shape[1]), (0, 0)), constant_values=255) for r in rows]
+    if len(full) % 2:
+        full.append(np.full_like(full[0], 255))
+    pairs = zip(full[::2], full[1::2], strict=True)
     return np.vstack([np.hstack(pair) for pair in pairs])
 
 

@@ -22,7 +22,14 @@ from fpt_model.checkpoint import resolve_model
 from sim.dataset import SPLITS, sha256
 from training.data import Shards
 from training.evaluation import report
-from training.evaluation.depth import depth_figures, depth_scenes, measure_depth
+from training.evaluation.depth import (
+    DepthScene,
+    ShownDepth,
+    depth_figures,
+    depth_scenes,
+    depth_sheet,
+    measure_depth,
+)
 from training.evaluation.figures import (
     Figures,
     Rows,
@@ -183,7 +190,7 @@ class Evaluation:
                 **{place: poke_figures(rows, place, chosen, over) for place in PLACES},
                 "curve": curve_figures(rows, suite.pokes),
                 **self.simulated(predictor, split),
-                **self.in_depth(predictor, split),
+                **self.in_depth(predictor, split, out),
             }
         thresholds = {name: float(THRESHOLDS[name][i]) for name, i in chosen.items()}
         if out is not None:
@@ -215,18 +222,31 @@ class Evaluation:
             if rows is not None
         }
 
-    def in_depth(self, predictor: FlowPredictor, split: str) -> Figures:
-        """Of three-dimensional models on our own worlds, see :mod:`training.evaluation.depth`."""
+    def in_depth(self, predictor: FlowPredictor, split: str, out: Path | None) -> Figures:
+        """Of three-dimensional models on our own worlds, see :mod:`training.evaluation.depth`.
+
+        A picture goes to ``out``.
+        """
         shards, suite = self.shards[split], self.suite
         drawn_by_us = split in SPLITS and split != "foreign"
         if predictor.config.flow_dim != 3 or not drawn_by_us or isinstance(shards, TrackShards):
             return {}
-        rows = self._rows(
-            f"{split}, depth",
-            depth_scenes(shards, split, suite, self.seed),
-            lambda scene, rng: measure_depth(predictor, self.planar, scene, suite.grid),
-        )
+        every, count = max(1, suite.scenes // report.SHEET), 0
+        shown: list[ShownDepth] = []
+
+        def call(scene: DepthScene, rng: np.random.Generator) -> Row:
+            nonlocal count
+            row, picture = measure_depth(predictor, self.planar, scene, suite.grid)
+            if count % every == 0 and len(shown) < report.SHEET:
+                shown.append(picture)
+            count += 1
+            return row
+
+        found = depth_scenes(shards, split, suite, self.seed)
+        rows = self._rows(f"{split}, depth", found, call)
         assert rows is not None, "the main figures found scenes"
+        if out is not None:
+            report.write_picture(depth_sheet(shown, suite.grid), out / f"{split}-depth.png")
         return {"depth": depth_figures(rows, suite.intervals_over)}
 
     def _draw(
