@@ -203,7 +203,6 @@ class RerunLog:
 
     def _log_distribution(self, msg: FlowDistribution) -> None:
         queries, mixture = distribution_from_msg(msg)
-        mixture = mixture.marginal(2)
         n = len(queries)
         shown = np.linspace(0, n - 1, min(n, MAX_DRAWN_QUERIES)).round().astype(np.intp)
         queries, mixture = queries[shown] + _CORNER_PX, mixture[shown]
