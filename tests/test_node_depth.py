@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from rclpy.parameter import Parameter
 from sensor_msgs.msg import CameraInfo, Image, PointCloud2, PointField
 from std_msgs.msg import Header
 
+from fpt_model import FlowMixture, FlowPredictor, load_model
 from fpt_model.depth import Depth, DepthError, Intrinsics
 from fpt_model.scene_flow import SceneFlow
 from fpt_msgs.msg import FlowDistribution, Poke, PokeArray, QueryArray
@@ -38,8 +39,8 @@ from fpt_msgs.srv import PredictFlow
 from fpt_ros.depth import DepthHistory, camera_intrinsics, read_depth
 from fpt_ros.images import array_to_image, image_to_array
 from fpt_ros.messages import distribution_from_msg
-from fpt_ros.pipeline import Answer, View
-from fpt_ros.pokes import Pokes
+from fpt_ros.pipeline import Answer, View, predict_hypotheses, sample_jointly
+from fpt_ros.pokes import Pokes, RequestError
 from fpt_ros.scene_outputs import FIELDS, Rigid, point_cloud
 
 FRAME = "camera_optical_frame"
@@ -270,6 +271,25 @@ def test_depth_within_the_slop_is_taken(user: DepthUser) -> None:
     user.diagnostics(lambda values: values["depth"] == "in use, -15 ms from its image")
 
 
+def test_depth_that_always_lags_starves_nothing(user: DepthUser) -> None:
+    """At 20 Hz, each depth image comes two images after its own."""
+    headers: list[Header] = []
+    user.send(picture(7))
+    for i in range(30):
+        headers.append(user.send_image(picture(i)))
+        if i >= 2:
+            user.client.publish("/depth", array_to_image(metres(), "32FC1", headers[i - 2]))
+        time.sleep(0.05)
+
+    def with_depth() -> int:
+        stamps = [h.stamp for h in headers]
+        return sum(m.header.stamp in stamps for m in user.client.received["/fpt/points"])
+
+    wait_until(lambda: with_depth() >= 3)
+    solid = [m for m in user.client.received["/fpt/distribution"] if m.header in headers[2:25]]
+    assert all(m.dims == 3 for m in solid), "none was answered before its depth came"
+
+
 def expect_two_dimensions(user: DepthUser, header: Header, *words: str) -> None:
     """Without usable depth: an error that says why, and everything in the image as ever."""
     user.expect_error("depth", *words)
@@ -449,6 +469,70 @@ def test_the_simulated_camera_gives_depth(model: Path) -> None:
 
 
 # --- without a node --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def predictor(model: Path) -> FlowPredictor:
+    return FlowPredictor(load_model(model))
+
+
+def view(predictor: FlowPredictor, depth: bool = True) -> View:
+    values = np.where(metres() > 0, metres(), np.float32(np.nan))
+    pixels = picture(20)
+    return View(pixels, predictor.encode(pixels), Depth(values, CAMERA) if depth else None)
+
+
+def test_hypotheses_and_samples_are_in_metres(predictor: FlowPredictor) -> None:
+    seen, flat = view(predictor), view(predictor, depth=False)
+    many = Pokes(PUSH.xy.repeat(3, 0), PUSH.flow.repeat(3, 0), np.array([0.25, 0.0, np.nan]))
+    hypotheses = [many[i : i + 1] for i in range(3)]
+
+    def predicted(view: View) -> list[FlowMixture]:
+        return end_of(predict_hypotheses(predictor, view, hypotheses, QUERIES, SETTINGS))
+
+    for mixture, pokes in zip(predicted(seen), hypotheses, strict=True):
+        alone = Answer(predictor, seen, pokes, QUERIES, SETTINGS).distribution
+        np.testing.assert_allclose(mixture.means, alone.means, atol=1e-4)
+        assert mixture.dims == 3
+    assert [mixture.dims for mixture in predicted(flat)] == [2, 2, 2]
+    asked = predictor, seen, PUSH, QUERIES, 3, 0, SETTINGS
+    samples = end_of(sample_jointly(*asked))
+    assert samples.shape == (3, 3, 3)
+    assert end_of(sample_jointly(predictor, flat, *asked[2:])).shape == (3, 3, 2)
+    pos, flow = seen.normalised(PUSH, 3)
+    np.testing.assert_allclose(flow[0, 2], 0.25 / metres()[10, 20])
+    points = (QUERIES + 0.5) / [WIDTH, HEIGHT]
+    raw = predictor.sample(seen.scene, pos, flow, points, 3, 0)
+    at = np.array([metres()[int(np.ceil(y - 0.5)), int(np.ceil(x - 0.5))] for x, y in QUERIES])
+    np.testing.assert_allclose(samples[..., 2], raw[..., 2] * at, rtol=1e-5)
+
+
+def end_of(steps: Generator[int, None, Any]) -> Any:
+    """What a generator returns."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value
+
+
+def test_a_poke_without_depth_has_the_depth_it_says(predictor: FlowPredictor) -> None:
+    """dz = 0 is 0 everywhere; else it is unknown where the depth is."""
+    pokes = Pokes(np.full((3, 2), [35.0, 25.0]), np.zeros((3, 2)), np.array([0.0, 0.2, np.nan]))
+    for found in (view(predictor), view(predictor, depth=False)):
+        np.testing.assert_array_equal(found.normalised(pokes, 3)[1][:, 2], [0, np.nan, np.nan])
+        with pytest.raises(RequestError, match=r"poke 1 of 3 has dz=0.2 m"):
+            found.check_depth(pokes)
+        found.check_depth(pokes[::2])
+    assert view(predictor).normalised(pokes)[1].shape == (3, 2)
+
+
+def test_occlusion_on_the_grid_is_that_of_the_image(predictor: FlowPredictor) -> None:
+    seen = view(predictor)
+    coarse = Answer(predictor, seen, PUSH, None, replace(SETTINGS, full_resolution=False)).occlusion
+    assert coarse.shape == DENSE
+    with pytest.raises(ValueError, match="needs the depth"):
+        _ = Answer(predictor, view(predictor, depth=False), PUSH, None, SETTINGS).occlusion
 
 
 def test_quaternions_turn_as_they_should() -> None:
