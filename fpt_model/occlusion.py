@@ -61,13 +61,15 @@ def occluded(
     radius = int(np.ceil(_MAX_REACH))
     for step_v in range(-radius, radius + 1):
         for step_u in range(-radius, radius + 1):
-            x, y = middle_u + step_u, middle_v + step_v
             # beyond its own pixel a patch covers those whose centres it reaches
-            drawn = (np.abs(x - u) < reach_u) | (step_u == 0)
-            drawn &= (np.abs(y - v) < reach_v) | (step_v == 0)
+            far = (reach_u > abs(step_u) - 0.5) & (reach_v > abs(step_v) - 0.5)
+            i = slice(None) if step_u == step_v == 0 else np.flatnonzero(far)
+            x, y = middle_u[i] + step_u, middle_v[i] + step_v
+            drawn = (np.abs(x - u[i]) < reach_u[i]) | (step_u == 0)
+            drawn &= (np.abs(y - v[i]) < reach_v[i]) | (step_v == 0)
             drawn &= (x >= 0) & (x < width) & (y >= 0) & (y < height)
             cell = (y[drawn] * width + x[drawn]).astype(np.intp)
-            np.minimum.at(buffer, cell, z_after[drawn])
+            np.minimum.at(buffer, cell, z_after[i][drawn])
 
     inside = (middle_u >= 0) & (middle_u < width) & (middle_v >= 0) & (middle_v < height)
     cell = np.where(inside, middle_v * width + middle_u, 0).astype(np.intp)

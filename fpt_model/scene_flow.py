@@ -93,10 +93,12 @@ class SceneFlow(NamedTuple):
     std: Array  # [N] root of the trace of the flow's covariance, to first order
 
 
-def scene_flow(mixture: FlowMixture, xy: ArrayLike, depth: Depth, how: Reduce) -> SceneFlow:
-    """Of pixels ``xy [N, 2]`` whose ``mixture [N]`` is of du, dv (px) and relative depth."""
+def scene_flow(mixture: FlowMixture, motion: Array, xy: ArrayLike, depth: Depth) -> SceneFlow:
+    """Of pixels ``xy [N, 2]`` whose ``mixture [N]`` is of du, dv (px) and relative depth.
+
+    ``motion [N, 3]`` is what :func:`reduce_motion` makes of it.
+    """
     camera, z = depth.intrinsics, depth.at(xy)
-    motion = reduce_motion(mixture, how, camera)
     spread = displacement_covariance(xy, z, motion, mixture.covariance(), camera)
     scale = np.array([1.0, 1.0, camera.focal.mean()])
     apart = np.linalg.norm((mixture.means - motion[..., None, :]) * scale, axis=-1)

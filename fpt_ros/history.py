@@ -45,8 +45,8 @@ class HeldImage:
     view: View | None = None
     error: str = ""  # why it cannot be read
     arrived_s: float = field(default_factory=time.monotonic)
-    depth_tried: bool = False  # whether its depth was looked for, and reported if there is none,
-    depth_msg: Image | None = None  # and what was found
+    depth_tried: bool = False  # whether it was reported that it has no usable depth,
+    depth_msg: Image | None = None  # and this is no usable one
 
     @property
     def header(self) -> Header:

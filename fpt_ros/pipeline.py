@@ -164,27 +164,22 @@ class Answer:
     @cached_property
     def scene_flow(self) -> SceneFlow:
         """Motion in space ``[h * w]`` of the points on the dense grid; needs depth."""
-        dense, depth = self._dense, self._depth
+        mixture, motion, depth = *self._motion_in_depth, self._depth
         with self._stage("flow"):
-            xy = normalised_to_pixels(grid(self._settings.dense_size), self.view.size)
-            return scene_flow(self._with_depth(dense), xy, depth, self._settings.flow_reduce)
+            return scene_flow(mixture, motion, self._cells, depth)
 
     @cached_property
     def occlusion(self) -> NDArray[np.bool_]:
         """What ``[h, w]`` is seen in the image and hidden after the motion; needs depth."""
-        dense, depth = self._dense, self._depth
+        (_, motion), depth = self._motion_in_depth, self._depth
         with self._stage("flow"):
-            motion = reduce_motion(
-                self._with_depth(dense), self._settings.flow_reduce, depth.intrinsics
-            )
-            field = motion.reshape(*self._settings.dense_size, 3)
+            field = motion.reshape(*self.dense_size, 3)
             if self._settings.full_resolution:
                 return occluded(depth.metres, upsample_motion(field, depth.metres))
-            xy = normalised_to_pixels(grid(self._settings.dense_size), self.view.size)
-            (rows, columns), (height, width) = self._settings.dense_size, self.view.size
+            (rows, columns), (height, width) = self.dense_size, self.view.size
             # from px of the image to those of the grid
             scale = [columns / width, rows / height, 1.0]
-            return occluded(depth.at(xy).reshape(rows, columns), field * scale)
+            return occluded(depth.at(self._cells).reshape(rows, columns), field * scale)
 
     @cached_property
     def influence(self) -> NDArray[np.float32]:
@@ -267,9 +262,19 @@ class Answer:
             raise ValueError("motion in space needs the depth of the image, there is none")
         return self.view.depth
 
-    def _with_depth(self, mixture: FlowMixture) -> FlowMixture:
-        """In px and relative depth."""
-        return mixture.scaled(*displacement_normalised_to_pixels((1.0, 1.0), self.view.size), 1.0)
+    @cached_property
+    def _motion_in_depth(self) -> tuple[FlowMixture, NDArray[np.float64]]:
+        """On the dense grid, in px and relative depth: the distribution, and what it reduces to."""
+        dense, camera = self._dense, self._depth.intrinsics
+        with self._stage("flow"):
+            to_px = displacement_normalised_to_pixels((1.0, 1.0), self.view.size)
+            mixture = dense.scaled(*to_px, 1.0)
+            return mixture, reduce_motion(mixture, self._settings.flow_reduce, camera)
+
+    @property
+    def _cells(self) -> NDArray[np.float64]:
+        """The middles ``[h * w, 2]`` of the dense grid's cells, px."""
+        return normalised_to_pixels(grid(self.dense_size), self.view.size)
 
     def _resized(self, field: NDArray[Any]) -> NDArray[np.float32]:
         """A field on the dense grid at the resolution that is published."""

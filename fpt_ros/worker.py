@@ -300,10 +300,9 @@ class Worker:
         """Give an encoded image its depth; if there is none, say why, once."""
         assert held.view is not None
         assert self._depths is not None
-        msg = self._depth_of(held)
-        if held.view.depth is not None or (held.depth_tried and msg is held.depth_msg):
+        if held.view.depth is not None:
             return
-        held.depth_tried, held.depth_msg = True, msg
+        msg = self._depth_of(held)
         try:
             if msg is None:
                 slop_ms = self._parameter("depth_slop_ms")
@@ -312,6 +311,9 @@ class Worker:
             lag_ms = (stamp_ns(msg.header) - stamp_ns(held.header)) / 1e6
             self.depth_state = f"in use, {lag_ms:+.0f} ms from its image"
         except DepthError as error:
+            if held.depth_tried and msg is held.depth_msg:
+                return
+            held.depth_tried, held.depth_msg = True, msg
             self.depth_state = "none: answering in the image alone"
             self._monitor.error("depth", str(error))
 

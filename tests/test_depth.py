@@ -172,7 +172,7 @@ def test_scene_flow_of_a_distribution() -> None:
     means = np.array([[[5.0, 0, -0.1], [0, 0, 0.0]]] * 3)
     tril = np.broadcast_to(np.diag([0.5, 0.5, 0.01]), (3, 2, 3, 3))
     mixture = FlowMixture(np.log([[0.8, 0.2]] * 3), means, tril)
-    found = scene_flow(mixture, xy, depth, "mode")
+    found = scene_flow(mixture, reduce_motion(mixture, "mode", depth.intrinsics), xy, depth)
     np.testing.assert_allclose(found.points[0], [0, 0, 2], atol=0.03)
     np.testing.assert_allclose(found.flow[0], [5 / 50 * 1.8, 0, -0.2], atol=1e-6)
     np.testing.assert_allclose(found.weight[:2], 0.8)
@@ -521,7 +521,9 @@ def test_fpt_predict_writes_scene_flow(
         np.column_stack([[[5 / 64, 0]], -0.1 / depth.at(poke)]),
         cells,
     )
-    found = scene_flow(mixture.scaled(64, 48, 1), cells * [64, 48] - 0.5, depth, "median")
+    mixture = mixture.scaled(64, 48, 1)
+    motion = reduce_motion(mixture, "median", depth.intrinsics)
+    found = scene_flow(mixture, motion, cells * [64, 48] - 0.5, depth)
     seen = np.isfinite(found.points[:, 2])
     flow = np.stack([metres[name] for name in ("vx", "vy", "vz")], -1)
     np.testing.assert_allclose(flow, found.flow[seen], atol=1e-4)
