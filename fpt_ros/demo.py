@@ -331,7 +331,7 @@ def picture_scene(path: Path, pokes: Sequence[str], folder: Path) -> Scene:
         raise UserError("a picture needs a poke, expected POKE=x,y,dx,dy in px")
     picture = read_picture(path)
     height, width = picture.shape[:2]
-    values = np.array([parse_poke(text) for text in pokes])
+    values = np.array([parse_poke(text)[:4] for text in pokes])  # a picture has no depth
     try:
         check_inside("poke", values[:, :2], (height, width))
     except RequestError as error:

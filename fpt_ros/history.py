@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -43,6 +44,9 @@ class HeldImage:
     named: Conditions = field(default_factory=Conditions)
     view: View | None = None
     error: str = ""  # why it cannot be read
+    arrived_s: float = field(default_factory=time.monotonic)
+    depth_tried: bool = False  # whether it was reported that it has no usable depth,
+    depth_msg: Image | None = None  # and this is no usable one
 
     @property
     def header(self) -> Header:

@@ -51,6 +51,7 @@ class Batch:
     superseded: int  # images that a newer one followed
     requests: list[Request]
     woken: bool  # something else happened that calls for an answer
+    depths: list[Image] = field(default_factory=list)  # oldest first
 
 
 class Inbox:
@@ -60,6 +61,7 @@ class Inbox:
         self._changed = Condition()
         self._images: deque[Image | CompressedImage] = deque(maxlen=max_images)
         self._arrived = 0
+        self._depths: deque[Image] = deque(maxlen=max_images)
         self._requests: deque[Request] = deque()
         self._wake = False
         self._closed = False
@@ -69,6 +71,12 @@ class Inbox:
         with self._changed:
             self._images.append(image)
             self._arrived += 1
+            self._changed.notify()
+
+    def put_depth(self, depth: Image) -> None:
+        """Leave a depth image."""
+        with self._changed:
+            self._depths.append(depth)
             self._changed.notify()
 
     def put(self, request: Request) -> Request | None:
@@ -106,15 +114,21 @@ class Inbox:
     def take(self, timeout_s: float | None = None) -> Batch | None:
         """Wait until something arrives, or for ``timeout_s``; None when closed."""
         with self._changed:
-            self._changed.wait_for(
-                lambda: self._closed or self._wake or self._images or self._requests, timeout_s
-            )
+            self._changed.wait_for(self._anything, timeout_s)
             if self._closed:
                 return None
             batch = Batch(
-                list(self._images), max(0, self._arrived - 1), list(self._requests), self._wake
+                list(self._images),
+                max(0, self._arrived - 1),
+                list(self._requests),
+                self._wake,
+                list(self._depths),
             )
             self._images.clear()
             self._requests.clear()
+            self._depths.clear()
             self._arrived, self._wake = 0, False
             return batch
+
+    def _anything(self) -> bool:
+        return bool(self._closed or self._wake or self._images or self._requests or self._depths)

@@ -55,6 +55,7 @@ from fpt_ros.monitor import TIMES, Monitor
 from fpt_ros.outputs import Outputs
 from fpt_ros.parameters import FPT_PARAMETERS, declare_parameters
 from fpt_ros.pokes import RequestError
+from fpt_ros.scene_outputs import SceneOutputs
 from fpt_ros.services import ACTION, SERVICES
 from fpt_ros.worker import Output, Worker
 
@@ -111,6 +112,7 @@ class FptNode(LifecycleNode):
         self._info: Publisher | None = None
         self._inputs: list[Subscription] = []
         self._messages: Outputs | None = None
+        self._scene: SceneOutputs | None = None
         self._worker: Worker | None = None
 
         # their callbacks wait for the worker without holding up each other or anything else
@@ -179,6 +181,8 @@ class FptNode(LifecycleNode):
             self.get_clock(),
             self.get_logger(),
             self.context.ok,
+            camera_info=lambda: self._messages.camera_info if self._messages else None,
+            with_depth=self._with_depth,
         )
         config = self._predictor.config
         self.get_logger().info(
@@ -247,6 +251,9 @@ class FptNode(LifecycleNode):
     def _release(self) -> None:
         if self._worker is not None:
             self._worker.stop()
+        if self._scene is not None:
+            self._scene.close()
+            self._scene = None
         for publisher in (
             *(publisher for publisher, _ in self._outputs),
             *self._latencies.values(),
@@ -272,10 +279,6 @@ class FptNode(LifecycleNode):
                 providers=self._value("providers").split(","),
                 strict=self._value("strict_backend"),
                 compile=self._value("compile"),
-            )
-        if predictor.config.flow_dim != 2:
-            raise ValueError(
-                f"expected a model of planar flow, this has {predictor.config.flow_dim}"
             )
         # The first calls are slow, when compiling with any number of pokes of another nature. They
         # must not be the first image's.
@@ -338,7 +341,11 @@ class FptNode(LifecycleNode):
         self._messages = Outputs(
             self._model.config, lambda: self._value("marker_lifetime_s"), self._monitor.stage
         )
-        for name, (msg_type, build) in self._messages.table.items():
+        outputs = self._messages.table
+        if self._with_depth:
+            self._scene = SceneOutputs(self, self._monitor, lambda: self._value("target_frame"))
+            outputs = outputs | self._scene.table
+        for name, (msg_type, build) in outputs.items():
             qos = _MARKER_QOS if msg_type is MarkerArray else _OUTPUT_QOS
             self._outputs.append((self._create_output(msg_type, name, qos), build))
         for name in TIMES:
@@ -350,11 +357,13 @@ class FptNode(LifecycleNode):
         if self._value("image_transport") == "compressed":
             # below the camera's topic, also when that is remapped, as image_transport has it
             camera = (CompressedImage, f"{self.resolve_topic_name('image')}/compressed")
+        depth: tuple[Any, ...] = (Image, "depth", _IMAGE_QOS, self._on_depth)
         for msg_type, name, qos, callback in (
             (*camera, _IMAGE_QOS, self._on_image),
             (PokeArray, "pokes", _COMMAND_QOS, partial(self._on_command, "pokes")),
             (QueryArray, "queries", _COMMAND_QOS, partial(self._on_command, "queries")),
             (CameraInfo, "camera_info", _IMAGE_QOS, self._on_camera_info),
+            *([depth] if self._with_depth else []),
         ):  # one by one, so that a failure leaves none behind
             self._inputs.append(self._create_input(msg_type, name, qos, callback))
 
@@ -406,6 +415,10 @@ class FptNode(LifecycleNode):
         if self._worker is not None and self._worker.running:
             self._worker.put_image(msg)
 
+    def _on_depth(self, msg: Image) -> None:
+        if self._worker is not None and self._worker.running:
+            self._worker.put_depth(msg)
+
     def _on_command(self, kind: str, msg: PokeArray | QueryArray) -> None:
         if self._worker is not None and self._worker.running:
             self._monitor.count(f"{kind} received")
@@ -414,6 +427,11 @@ class FptNode(LifecycleNode):
     def _on_camera_info(self, msg: CameraInfo) -> None:
         if self._messages is not None:
             self._messages.camera_info = msg
+
+    @property
+    def _with_depth(self) -> bool:
+        """Whether images get depth."""
+        return self._model.config.flow_dim == 3 and bool(self._value("use_depth"))
 
     @property
     def _model(self) -> FlowPredictor:
@@ -492,6 +510,8 @@ class FptNode(LifecycleNode):
         facts = {"model": str(self._value("model"))}
         for what, active in self._active_backend().items():
             facts |= {f"{what} requested": str(self._value(what)), f"{what} active": active}
+        if (worker := self._worker) is not None:
+            facts["depth"] = worker.depth_state
         name = self.get_fully_qualified_name()
         status = self._monitor.status(
             f"{name.lstrip('/')}: inference", name, self._state, facts, self._value("stuck_after_s")

@@ -8,6 +8,7 @@ nominal camera, see :meth:`Plane.nominal`.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +19,7 @@ from sensor_msgs.msg import CameraInfo
 from std_msgs.msg import ColorRGBA, Header
 from visualization_msgs.msg import Marker, MarkerArray
 
+from fpt_model.depth import DepthError, Intrinsics
 from fpt_model.mixture import FlowMixture
 from fpt_model.visualize import (
     ELLIPSE_SIGMAS,
@@ -26,6 +28,7 @@ from fpt_model.visualize import (
     POKE_COLOUR,
     Colour,
 )
+from fpt_ros.depth import camera_intrinsics
 from fpt_ros.pokes import Pokes, Size
 
 MAX_MARKED_QUERIES = 64
@@ -52,8 +55,8 @@ class Plane:
     @classmethod
     def nominal(cls, size: Size) -> Plane:
         """That of a camera as far from the plane as the image is wide (53 degrees), centred."""
-        height, width = size
-        return cls(np.array([width, width], float), np.array([width - 1, height - 1]) / 2)
+        camera = Intrinsics.nominal(size)
+        return cls(camera.focal, camera.centre)
 
     @classmethod
     def of(cls, info: CameraInfo | None, size: Size) -> Plane:
@@ -61,10 +64,10 @@ class Plane:
 
         The nominal one where ``info`` is None, not calibrated, or about an image of another size.
         """
-        if info is not None and (info.height, info.width) == size:
-            focal, centre = np.array([info.p[0], info.p[5]]), np.array([info.p[2], info.p[6]])
-            if np.isfinite([*focal, *centre]).all() and (focal > 0).all():
-                return cls(focal, centre)
+        if info is not None:
+            with suppress(DepthError):
+                camera = camera_intrinsics(info, size)
+                return cls(camera.focal, camera.centre)
         return cls.nominal(size)
 
     def point(self, xy: ArrayLike) -> Point:

@@ -20,30 +20,32 @@ from fpt_ros.pokes import Pokes, RequestError, Size
 
 
 def read_pokes(pokes: Sequence[Poke], max_pokes: int | None = None) -> Pokes:
-    """The pokes of a message. ``dz`` is left out: it may be NaN, and planar models do not use it.
+    """The pokes of a message.
 
     Raises:
-        RequestError: for a coordinate that is NaN or infinite, or more than ``max_pokes`` pokes.
+        RequestError: for a coordinate that is NaN (``dz`` may be) or infinite, or more than
+            ``max_pokes`` pokes.
     """
     if max_pokes is not None and len(pokes) > max_pokes:
         raise RequestError(f"received {len(pokes)} pokes, expected at most {max_pokes}")
-    values = np.array([(p.x, p.y, p.dx, p.dy) for p in pokes], np.float64).reshape(-1, 4)
-    bad = np.flatnonzero(~np.isfinite(values).all(axis=1))
+    values = np.array([(p.x, p.y, p.dx, p.dy, p.dz) for p in pokes], np.float64).reshape(-1, 5)
+    usable = np.isfinite(values)
+    usable[:, 4] |= np.isnan(values[:, 4])
+    bad = np.flatnonzero(~usable.all(axis=1))
     if bad.size:
-        x, y, dx, dy = values[bad[0]]
+        x, y, dx, dy, dz = values[bad[0]]
         raise RequestError(
-            f"poke {bad[0]} of {len(values)} must be finite, "
-            f"received x={x:g}, y={y:g}, dx={dx:g}, dy={dy:g}"
+            f"poke {bad[0]} of {len(values)} must be finite (dz may be NaN), "
+            f"received x={x:g}, y={y:g}, dx={dx:g}, dy={dy:g}, dz={dz:g}"
         )
-    return Pokes(values[:, :2], values[:, 2:])
+    return Pokes(values[:, :2], values[:, 2:4], values[:, 4])
 
 
 def pokes_to_msg(pokes: Pokes, header: Header) -> PokeArray:
-    """A message of planar pokes (``dz`` NaN). A zero stamp in the header means the newest image."""
-    rows = np.hstack([pokes.xy, pokes.flow]).tolist()
-    nan = float("nan")
+    """A message of pokes. A zero stamp in the header means the newest image."""
+    rows = np.hstack([pokes.xy, pokes.flow, pokes.dz[:, None]]).tolist()
     return PokeArray(
-        header=header, pokes=[Poke(x=x, y=y, dx=dx, dy=dy, dz=nan) for x, y, dx, dy in rows]
+        header=header, pokes=[Poke(x=x, y=y, dx=dx, dy=dy, dz=dz) for x, y, dx, dy, dz in rows]
     )
 
 
@@ -82,7 +84,7 @@ def distribution_to_msg(
     model_name: str = "",
     horizon_s: float = 0.0,
 ) -> FlowDistribution:
-    """A message of a mixture ``[N]`` in px at ``queries [N, 2]`` in px of an image of ``size``.
+    """A message of a mixture ``[N]`` in px (and m) at ``queries [N, 2]`` in px, image of ``size``.
 
     Raises:
         ValueError: when mixture and queries differ in number.

@@ -74,7 +74,7 @@ class Outputs:
         )
 
     def _mark(self, answer: Answer, header: Header) -> MarkerArray:
-        mixture = answer.distribution  # a stage of its own
+        mixture = answer.distribution.marginal(2)  # a stage of its own
         with self._stage("mark"):
             plane = Plane.of(self.camera_info, answer.view.size)
             return self._markers.update(

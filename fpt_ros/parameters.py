@@ -93,6 +93,32 @@ FPT_PARAMETERS: tuple[Spec, ...] = (
         fixed=True,
     ),
     Spec(
+        "use_depth",
+        True,
+        "With a three-dimensional model, take registered depth images from the topic depth.",
+        fixed=True,
+    ),
+    Spec(
+        "depth_slop_ms",
+        20.0,
+        "Largest difference between the stamps of an image and its depth, ms; 0: they are equal.",
+        0.0,
+        1e4,
+    ),
+    Spec(
+        "depth_wait_ms",
+        100.0,
+        "How long an image waits for its depth while depth images keep coming, ms; then it is "
+        "answered without.",
+        0.0,
+        1e3,
+    ),
+    Spec(
+        "target_frame",
+        "",
+        "Frame of the point cloud, through tf2; empty: the image's optical frame.",
+    ),
+    Spec(
         "max_age_ms",
         500.0,
         "Images older than this by the node's clock are not answered, ms; 0: no limit.",

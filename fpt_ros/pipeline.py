@@ -19,6 +19,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from fpt_model.depth import Depth
 from fpt_model.geometry import (
     displacement_normalised_to_pixels,
     displacement_pixels_to_normalised,
@@ -27,10 +28,12 @@ from fpt_model.geometry import (
     pixels_to_normalised,
 )
 from fpt_model.mixture import FlowMixture, Reduce
+from fpt_model.occlusion import occluded
 from fpt_model.predictor import FlowPredictor, Scene
+from fpt_model.scene_flow import SceneFlow, reduce_motion, scene_flow, upsample_motion
 from fpt_model.visualize import draw_overlay, flow_to_color
 from fpt_ros.planning import Ask
-from fpt_ros.pokes import Pokes, check_inside
+from fpt_ros.pokes import Pokes, RequestError, check_inside
 
 Outcome = TypeVar("Outcome")
 
@@ -62,6 +65,7 @@ class View:
 
     image: NDArray[np.uint8]  # [H, W, 3] RGB
     scene: Scene
+    depth: Depth | None = None  # None: unknown, or of no use since the model is planar
 
     @property
     def size(self) -> tuple[int, int]:
@@ -72,16 +76,44 @@ class View:
         """The points ``[Q, 2]`` in px that are asked for when nobody named any."""
         return normalised_to_pixels(grid(settings.query_grid), self.size)
 
-    def normalised(self, pokes: Pokes) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Positions and displacements of pokes as the predictor takes them."""
-        return (
-            pixels_to_normalised(pokes.xy, self.size),
-            displacement_pixels_to_normalised(pokes.flow, self.size),
-        )
+    def normalised(
+        self, pokes: Pokes, dims: int = 2
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Positions and displacements of pokes as a predictor of ``dims`` dimensions takes them.
 
-    def in_pixels(self, mixture: FlowMixture) -> FlowMixture:
-        """A prediction as the predictor gives it, in px."""
-        return mixture.scaled(*displacement_normalised_to_pixels((1.0, 1.0), self.size))
+        Relative depth is unknown (NaN) where ``dz`` or, unless ``dz`` is 0, the depth is.
+        """
+        flow = displacement_pixels_to_normalised(pokes.flow, self.size)
+        if dims == 3:
+            relative = np.where(pokes.dz == 0, 0.0, pokes.dz / self._depth_at(pokes.xy))
+            flow = np.column_stack([flow, relative])
+        return pixels_to_normalised(pokes.xy, self.size), flow
+
+    def check_depth(self, pokes: Pokes) -> None:
+        """RequestError for a poke in depth (``dz`` neither NaN nor 0) where there is no depth."""
+        lost = np.isfinite(pokes.dz) & (pokes.dz != 0) & np.isnan(self._depth_at(pokes.xy))
+        for i in np.flatnonzero(lost)[:1]:
+            x, y = pokes.xy[i]
+            raise RequestError(
+                f"poke {i} of {len(pokes)} has dz={pokes.dz[i]:g} m, but no depth is known at "
+                f"x={x:g}, y={y:g} px; expected dz NaN (unknown) or 0"
+            )
+
+    def _depth_at(self, xy: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.full(len(xy), np.nan) if self.depth is None else self.depth.at(xy)
+
+    def in_pixels(
+        self, mixture: FlowMixture, queries: NDArray[np.float64] | None = None
+    ) -> FlowMixture:
+        """A prediction as the predictor gives it, in px: the motion in the image.
+
+        With ``queries [Q, 2]`` (px) it keeps, where there is depth, its third component, in m; NaN
+        at queries without depth.
+        """
+        planar = displacement_normalised_to_pixels((1.0, 1.0), self.size)
+        if queries is None or self.depth is None:
+            return mixture.marginal(2).scaled(*planar)
+        return mixture.scaled(*planar, 1.0).scaled_last(self.depth.at(queries))
 
 
 class Answer:
@@ -115,10 +147,10 @@ class Answer:
 
     @cached_property
     def distribution(self) -> FlowMixture:
-        """The motion ``[Q]`` of each query, px."""
+        """The motion ``[Q]`` of each query, px; with depth its third component, m."""
         with self._stage("predict"):
             positions = pixels_to_normalised(self.queries, self.view.size)
-            return self.view.in_pixels(self._predict(positions))
+            return self.view.in_pixels(self._predict(positions), self.queries)
 
     @cached_property
     def flow(self) -> NDArray[np.float32]:
@@ -128,6 +160,26 @@ class Answer:
             # in px before it is reduced: the least expected error depends on the unit of the axes
             flow = self.view.in_pixels(dense).reduce(self._settings.flow_reduce)
         return self._resized(flow.reshape(*self._settings.dense_size, 2))
+
+    @cached_property
+    def scene_flow(self) -> SceneFlow:
+        """Motion in space ``[h * w]`` of the points on the dense grid; needs depth."""
+        mixture, motion, depth = *self._motion_in_depth, self._depth
+        with self._stage("flow"):
+            return scene_flow(mixture, motion, self._cells, depth)
+
+    @cached_property
+    def occlusion(self) -> NDArray[np.bool_]:
+        """What ``[h, w]`` is seen in the image and hidden after the motion; needs depth."""
+        (_, motion), depth = self._motion_in_depth, self._depth
+        with self._stage("flow"):
+            field = motion.reshape(*self.dense_size, 3)
+            if self._settings.full_resolution:
+                return occluded(depth.metres, upsample_motion(field, depth.metres))
+            (rows, columns), (height, width) = self.dense_size, self.view.size
+            # from px of the image to those of the grid
+            scale = [columns / width, rows / height, 1.0]
+            return occluded(depth.at(self._cells).reshape(rows, columns), field * scale)
 
     @cached_property
     def influence(self) -> NDArray[np.float32]:
@@ -149,6 +201,11 @@ class Answer:
         return self.influence > self.kl_threshold
 
     @property
+    def dense_size(self) -> tuple[int, int]:
+        """(rows, columns) of the dense grid."""
+        return self._settings.dense_size
+
+    @property
     def kl_threshold(self) -> float:
         """That of the mask, nats."""
         threshold = self._settings.kl_threshold_nats
@@ -157,7 +214,7 @@ class Answer:
     @property
     def mask_image(self) -> NDArray[np.uint8]:
         """The mask as 255 and 0."""
-        return np.where(self.mask, np.uint8(255), np.uint8(0))
+        return as_image(self.mask)
 
     @cached_property
     def flow_color(self) -> NDArray[np.uint8]:
@@ -172,7 +229,7 @@ class Answer:
         With the modes at the queries that were asked for; with the flow's colours when none were.
         """
         drawn = np.linspace(0, len(self.queries) - 1, self._drawn).round().astype(np.intp)
-        distribution = self.distribution[drawn] if self._drawn else None
+        distribution = self.distribution[drawn].marginal(2) if self._drawn else None
         flow = None if self._drawn else self.flow
         mask = self.mask
         with self._stage("draw"):
@@ -194,10 +251,30 @@ class Answer:
     def _predict(self, positions: NDArray[np.float64]) -> FlowMixture:
         return self._predictor.predict(
             self.view.scene,
-            *self.view.normalised(self.pokes),
+            *self.view.normalised(self.pokes, self._predictor.config.flow_dim),
             positions,
             self._settings.camera_static,
         )
+
+    @property
+    def _depth(self) -> Depth:
+        if self.view.depth is None:
+            raise ValueError("motion in space needs the depth of the image, there is none")
+        return self.view.depth
+
+    @cached_property
+    def _motion_in_depth(self) -> tuple[FlowMixture, NDArray[np.float64]]:
+        """On the dense grid, in px and relative depth: the distribution, and what it reduces to."""
+        dense, camera = self._dense, self._depth.intrinsics
+        with self._stage("flow"):
+            to_px = displacement_normalised_to_pixels((1.0, 1.0), self.view.size)
+            mixture = dense.scaled(*to_px, 1.0)
+            return mixture, reduce_motion(mixture, self._settings.flow_reduce, camera)
+
+    @property
+    def _cells(self) -> NDArray[np.float64]:
+        """The middles ``[h * w, 2]`` of the dense grid's cells, px."""
+        return normalised_to_pixels(grid(self.dense_size), self.view.size)
 
     def _resized(self, field: NDArray[Any]) -> NDArray[np.float32]:
         """A field on the dense grid at the resolution that is published."""
@@ -207,6 +284,11 @@ class Answer:
         height, width = self.view.size
         # both are sampled at cell centres over the whole image, which is cv2.resize's convention
         return np.asarray(cv2.resize(field, (width, height), interpolation=cv2.INTER_LINEAR))
+
+
+def as_image(mask: NDArray[np.bool_]) -> NDArray[np.uint8]:
+    """True as 255, False as 0."""
+    return np.where(mask, np.uint8(255), np.uint8(0))
 
 
 def predict_hypotheses(
@@ -228,12 +310,14 @@ def predict_hypotheses(
         for first in range(0, len(same), HYPOTHESES_AT_ONCE):
             chunk = same[first : first + HYPOTHESES_AT_ONCE]
             with stage("evaluate"):
-                pos, flow = zip(*(view.normalised(hypotheses[i]) for i in chunk), strict=True)
+                dims = predictor.config.flow_dim
+                pos, flow = zip(*(view.normalised(hypotheses[i], dims) for i in chunk), strict=True)
                 predicted = predictor.predict_batch(
                     view.scene, np.stack(pos), np.stack(flow), positions, settings.camera_static
                 )
-            mixture = view.in_pixels(predicted)
-            mixtures.update((i, mixture[row]) for row, i in enumerate(chunk))
+            mixtures.update(
+                (i, view.in_pixels(predicted[row], queries)) for row, i in enumerate(chunk)
+            )
             yield len(mixtures)
     return [mixtures[i] for i in range(len(hypotheses))]
 
@@ -270,13 +354,13 @@ def sample_jointly(
     settings: Settings,
     stage: Stage = lambda name: nullcontext(),
 ) -> Generator[int, None, NDArray[np.float64]]:
-    """Coherent futures ``[S, Q, 2]`` of ``queries [Q, 2]``, all in px.
+    """Coherent futures ``[S, Q, D]`` of ``queries [Q, 2]``, all in px; with depth D is 3, m.
 
     Yields how many queries are drawn. Positions are not checked to lie in the image.
     """
     steps = predictor.sample_stepwise(
         view.scene,
-        *view.normalised(pokes),
+        *view.normalised(pokes, predictor.config.flow_dim),
         pixels_to_normalised(queries, view.size),
         samples,
         seed,
@@ -287,5 +371,9 @@ def sample_jointly(
             with stage("sample"):
                 done = next(steps)
         except StopIteration as end:
-            return displacement_normalised_to_pixels(end.value, view.size)
+            drawn = displacement_normalised_to_pixels(end.value[..., :2], view.size)
+            if view.depth is None:
+                return drawn
+            dz = end.value[..., 2:] * view.depth.at(queries)[:, None]
+            return np.concatenate([drawn, dz], -1)
         yield done

@@ -186,7 +186,8 @@ class PokePlanner(Node):
                 queries=queries,
             )
             answer = await self._call(self._evaluate, request)
-            mixtures += [distribution_from_msg(msg)[1] for msg in answer.distributions]
+            found = (distribution_from_msg(msg)[1] for msg in answer.distributions)
+            mixtures += [mixture.marginal(2) for mixture in found]  # plans are made in the image
         return mixtures
 
     async def _call(self, client: Client, request: Any) -> Any:

@@ -44,7 +44,7 @@ class PokePublisher(Node):
         own = self.get_parameter("pokes").value.split()
         if own:
             values = np.array([parse_poke(text) for text in own])
-            self._msg = pokes_to_msg(Pokes(values[:, :2], values[:, 2:]), Header())
+            self._msg = pokes_to_msg(Pokes(values[:, :2], values[:, 2:4], values[:, 4]), Header())
         else:
             self.create_subscription(PokeArray, "suggested_poke", self._on_suggestion, _LATCHED)
         self._publisher = self.create_publisher(PokeArray, "pokes", 10)

@@ -22,13 +22,25 @@ class RequestError(ValueError):
 
 @dataclass(frozen=True)
 class Pokes:
-    """Pokes in px: positions ``xy [P, 2]`` and displacements ``flow [P, 2]``, float64."""
+    """Pokes in px: positions ``xy [P, 2]`` and displacements ``flow [P, 2]``, float64.
+
+    ``dz [P]`` is the displacement along the optical axis in m, away from the camera; NaN: unknown,
+    which all are if it is left out.
+    """
 
     xy: NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, 2)))
     flow: NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, 2)))
+    dz: NDArray[np.float64] = None  # type: ignore[assignment]  # never None once made
+
+    def __post_init__(self) -> None:
+        if self.dz is None:
+            object.__setattr__(self, "dz", np.full(len(self.xy), np.nan))
 
     def __len__(self) -> int:
         return len(self.xy)
+
+    def __getitem__(self, index: slice) -> Pokes:
+        return Pokes(self.xy[index], self.flow[index], self.dz[index])
 
 
 def check_inside(what: str, xy: NDArray[np.float64], size: Size) -> None:

@@ -60,6 +60,8 @@ class Subject:
         """Those of a request, at most ``max_pokes`` (the limit); RequestError for bad ones."""
         found = read_pokes(pokes, self.limits.max_pokes if max_pokes is None else max_pokes)
         check_inside("poke", found.xy, self.view.size)
+        if self.predictor.config.flow_dim == 3:
+            self.view.check_depth(found)
         return found
 
     def queries(self, values: Sequence[float], times: int = 1) -> NDArray[np.float64]:
@@ -132,9 +134,7 @@ def evaluate_pokes(request: EvaluatePokes.Request, subject: Subject) -> Steps:
     queries = subject.queries(request.queries, times=len(sizes))
     yield
     ends = np.cumsum(sizes)
-    hypotheses = [
-        Pokes(pokes.xy[a:b], pokes.flow[a:b]) for a, b in zip(ends - sizes, ends, strict=True)
-    ]
+    hypotheses = [pokes[a:b] for a, b in zip(ends - sizes, ends, strict=True)]
     mixtures = yield from predict_hypotheses(
         subject.predictor, subject.view, hypotheses, queries, subject.settings, subject.stage
     )

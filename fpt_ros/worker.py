@@ -22,11 +22,13 @@ from typing import Any
 from rclpy.clock import Clock
 from rclpy.impl.rcutils_logger import RcutilsLogger
 from rclpy.publisher import Publisher
-from sensor_msgs.msg import CompressedImage, Image
+from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 from std_msgs.msg import Header
 
 from fpt_model import FlowPredictor
+from fpt_model.depth import DepthError
 from fpt_msgs.msg import PokeArray, QueryArray
+from fpt_ros.depth import DepthHistory, read_depth
 from fpt_ros.history import Conditions, HeldImage, ImageHistory, format_stamp, stamp_ns
 from fpt_ros.images import ImageError, image_to_rgb
 from fpt_ros.inbox import MAX_REQUESTS, Batch, Inbox, Request
@@ -40,7 +42,7 @@ IMAGE_WAIT_S = 1.0
 """Requests that mean an image not yet received wait this long for it."""
 
 Output = tuple[Publisher, Callable[[Answer, Header], Any]]
-"""A publisher, and what makes its message."""
+"""A publisher, and what makes its message; None: there is none for this answer."""
 
 
 class Worker:
@@ -55,6 +57,9 @@ class Worker:
         logger: of tracebacks.
         alive: False when ROS is shutting down, when failures are no news.
         now_s: the clock by which requests arrive and wait for their image.
+        camera_info: the latest one, None before the first.
+        with_depth: whether images are to have depth: then each waits for its own for a while, as
+            long as some keeps coming, and is answered without if there is none.
     """
 
     def __init__(
@@ -67,11 +72,18 @@ class Worker:
         logger: RcutilsLogger,
         alive: Callable[[], bool],
         now_s: Callable[[], float] = time.monotonic,
+        camera_info: Callable[[], CameraInfo | None] = lambda: None,
+        with_depth: bool = False,
     ) -> None:
         self._predictor, self._outputs, self._parameter = predictor, outputs, parameter
         self._monitor, self._clock, self._logger, self._alive = monitor, clock, logger, alive
         self._now_s = now_s
         self._history = ImageHistory(parameter("image_history"), parameter("scene_history"))
+        self._camera_info = camera_info
+        self._depths = DepthHistory(parameter("image_history")) if with_depth else None
+        self.depth_state = "none yet" if with_depth else "not used"
+        self._pending: list[HeldImage] = []  # images that may get their depth, oldest first
+        self._current: HeldImage | None = None  # the newest that does not wait for its depth
         self._standing = Conditions()
         self._waiting: list[Request] = []  # for their image
         self._jobs: deque[tuple[Request, Steps]] = deque()
@@ -108,6 +120,11 @@ class Worker:
         self._monitor.image_received()
         self._inbox.put_image(msg)
 
+    def put_depth(self, msg: Image) -> None:
+        """Take note of a new depth image."""
+        self._monitor.count("depth images received")
+        self._inbox.put_depth(msg)
+
     def put(self, request: Request) -> None:
         """Take note of a request; it will be answered, or refused, in any case."""
         displaced = self._inbox.put(request)
@@ -134,19 +151,20 @@ class Worker:
     def _patience_s(self) -> float | None:
         if self._jobs:
             return 0.0
-        return IMAGE_WAIT_S if self._waiting else None
+        patience = [IMAGE_WAIT_S] if self._waiting else []
+        if self._pending:
+            waited = time.monotonic() - self._pending[0].arrived_s
+            patience.append(max(0.0, self._depth_wait_s - waited))
+        return min(patience, default=None)
 
     def process(self, batch: Batch) -> None:
         """Answer what is new on the topics, and queue what services and actions ask."""
-        for msg in batch.images:
-            self._history.add(msg)
-        if batch.superseded:
-            self._monitor.count("images dropped: newer came first", batch.superseded)
         began = time.monotonic()
-        newest = self._history.newest
+        new = self._take_up(batch)
+        newest = self._current
         heard = any(publisher.get_subscription_count() for publisher, _ in self._outputs)
-        due = bool(batch.images or batch.woken)  # whether the newest is to be answered
-        if due and heard and newest is not None and self._is_fresh(newest, bool(batch.images)):
+        due = bool(new or batch.woken)  # whether the newest is to be answered
+        if due and heard and newest is not None and self._is_fresh(newest, new):
             # before the requests: standing pokes that came with it are meant for it
             self._open(newest)
 
@@ -179,10 +197,31 @@ class Worker:
         for held in named:
             if self._open(held):
                 self._answer(held)
-        if batch.images and newest in named and newest.view is not None:
+        if new and newest is not None and newest in named and newest.view is not None:
             self._monitor.time("processing time", 1e3 * (time.monotonic() - began))
             if stamp_ns(newest.header):
                 self._monitor.time("pipeline latency", self._age_ms(newest.header))
+
+    def _take_up(self, batch: Batch) -> bool:
+        """Hold what arrived; whether there is a new image to be answered, the current one."""
+        images = [self._history.add(msg) for msg in batch.images]
+        self._pending += images
+        for msg in batch.depths:
+            if self._depths is not None:
+                self._depths.add(msg)
+        # the newest that has its depth; without one, the newest if the oldest waited long enough
+        chosen = next((i for i in reversed(self._pending) if not self._awaits_depth(i)), None)
+        if chosen is not None and self._depth_of(chosen) is None:
+            chosen = self._pending[-1]
+        if chosen is None:
+            return False
+        index = self._pending.index(chosen)
+        dropped = index + batch.superseded - max(0, len(images) - 1)
+        if dropped:
+            self._monitor.count("images dropped: newer came first", dropped)
+        del self._pending[: index + 1]
+        self._current = chosen
+        return True
 
     def work_off(self, until_s: float) -> None:
         """Services and actions in turns: one step, and more until ``until_s`` (monotonic)."""
@@ -236,7 +275,47 @@ class Worker:
         except ImageError as error:
             if not known:
                 self._monitor.error("image", str(error))
+        if held.view is not None and self._depths is not None:
+            self._attach_depth(held)
         return held.view is not None
+
+    def _depth_of(self, held: HeldImage) -> Image | None:
+        """The depth image that belongs to an image, if it is here."""
+        if self._depths is None:
+            return None
+        return self._depths.find(held.header, self._parameter("depth_slop_ms"))
+
+    def _awaits_depth(self, held: HeldImage) -> bool:
+        """Whether its depth is not here but may come."""
+        if self._depths is None or not self._depths.alive:
+            return False
+        waited = time.monotonic() - held.arrived_s
+        return waited < self._depth_wait_s and self._depth_of(held) is None
+
+    @property
+    def _depth_wait_s(self) -> float:
+        return float(self._parameter("depth_wait_ms")) / 1e3
+
+    def _attach_depth(self, held: HeldImage) -> None:
+        """Give an encoded image its depth; if there is none, say why, once."""
+        assert held.view is not None
+        assert self._depths is not None
+        if held.view.depth is not None:
+            return
+        msg = self._depth_of(held)
+        try:
+            if msg is None:
+                slop_ms = self._parameter("depth_slop_ms")
+                raise DepthError(self._depths.describe(held.header, slop_ms))
+            held.view.depth = read_depth(msg, self._camera_info(), held.header, held.view.size)
+            lag_ms = (stamp_ns(msg.header) - stamp_ns(held.header)) / 1e6
+            self.depth_state = f"in use, {lag_ms:+.0f} ms from its image"
+        except DepthError as error:
+            if held.depth_tried and msg is held.depth_msg:
+                return
+            held.depth_tried, held.depth_msg = True, msg
+            self.depth_state = "none: answering in the image alone"
+            self._monitor.error("depth", str(error))
 
     def _encode(self, msg: Image | CompressedImage) -> View:
         with self._monitor.stage("convert"):
@@ -251,10 +330,12 @@ class Worker:
             RequestError: it is not held, or too old to be meant by "the newest".
         """
         ns = stamp_ns(request.msg.header)
-        newest = self._history.newest
+        newest = self._current
         if ns:
             held = self._history.find(ns)
             may_come = newest is None or ns > stamp_ns(newest.header)
+            if held is not None and self._awaits_depth(held):
+                held, may_come = None, True
             why = f"the image with stamp {format_stamp(ns)} is not held; {self._history.describe()}"
         elif newest is None:
             held, may_come, why = None, True, "no image was received"
@@ -313,11 +394,18 @@ class Worker:
         except RequestError as error:  # standing ones, when the image's size has changed
             self._monitor.error("standing", f"no answer: {error}; send new ones, or an empty array")
             return
+        if self._predictor.config.flow_dim == 3:
+            try:
+                held.view.check_depth(answer.pokes)
+            except RequestError as error:
+                self._monitor.error("depth", f"{error}: taken as a poke in the image")
         for publisher, build in self._outputs:
             if self._inbox.closed:  # whoever waits for the end need not wait for all outputs
                 return
             if publisher.get_subscription_count():
                 msg = build(answer, held.header)
+                if msg is None:
+                    continue
                 with self._monitor.stage("publish"):
                     publisher.publish(msg)
         self._monitor.count("answers")
@@ -328,6 +416,8 @@ class Worker:
             view = self._history.view(held, self._encode)
         except ImageError as error:
             raise RequestError(f"the image cannot be read: {error}") from error
+        if self._depths is not None:
+            self._attach_depth(held)
         subject = Subject(
             self._predictor,
             view,

@@ -42,7 +42,10 @@ def nodes(context: LaunchContext) -> list[Node]:
             executable="fpt_node",
             name="fpt",
             parameters=[LaunchConfiguration("params_file"), given],
-            remappings=[("image", LaunchConfiguration("image")), camera_info],
+            remappings=[
+                *((name, LaunchConfiguration(name)) for name in ("image", "depth")),
+                camera_info,
+            ],
             arguments=["--ros-args", "--log-level", ["fpt:=", LaunchConfiguration("log_level")]],
             **common,
         ),
@@ -72,7 +75,13 @@ def generate_launch_description() -> LaunchDescription:
             DeclareLaunchArgument(
                 "camera_info",
                 default_value="camera_info",
-                description="Topic of that camera's intrinsics, for the markers alone.",
+                description="Topic of that camera's intrinsics, for markers and depth.",
+            ),
+            DeclareLaunchArgument(
+                "depth",
+                default_value="depth",
+                description="Topic of depth images registered to the camera's, for "
+                "three-dimensional models.",
             ),
             DeclareLaunchArgument(
                 "params_file", default_value=str(CONFIG), description="File of node parameters."

@@ -13,6 +13,8 @@ An image's members: rgb.jpg, depth.png (uint16, `depth_scale` metres a step, 0 =
 those of `sim.flow`. Reading needs neither MuJoCo nor OpenGL.
 """
 
+from __future__ import annotations
+
 import argparse
 import hashlib
 import io
@@ -23,7 +25,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -31,6 +33,9 @@ from numpy.typing import NDArray
 
 from sim.flow import PointFlow, moving_bodies, point_flow
 from sim.kinds import FOREIGN_KINDS, HELD_OUT_KINDS, TRAIN_KINDS
+
+if TYPE_CHECKING:
+    from sim.simulator import Frame, Future, Simulator
 
 SPLITS: dict[str, tuple[str, ...]] = {
     "train": (*TRAIN_KINDS, "assembly", "assembly"),  # the kind with the most variety, thrice
@@ -172,10 +177,23 @@ def _npy(array: NDArray) -> bytes:
     return stream.getvalue()
 
 
-def generate(
-    split: str, shard: int, settings: Settings, assets: Path | None = None
-) -> Iterator[dict[str, Any]]:
-    """The samples of a shard as WebDataset dictionaries; `assets` is for "foreign" alone."""
+class Simulated(NamedTuple):
+    """An image of a split as it was drawn: what the stored sample is made of."""
+
+    number: int
+    seed: int
+    world: Simulator
+    frame: Frame
+    futures: list[Future]
+
+
+def simulate(
+    split: str, first: int, count: int, settings: Settings, assets: Path | None = None
+) -> Iterator[Simulated]:
+    """Images `first` to `first + count - 1` of a split; `first` must be the first of its world.
+
+    `world` is in the state of `frame` until the next image is asked for.
+    """
     from sim.simulator import Simulator
 
     make: Callable[..., Simulator] = Simulator
@@ -185,8 +203,8 @@ def generate(
         make = partial(ForeignSimulator, assets=assets)
     kinds = SPLITS[split]
     world = None
-    for i in range(settings.images_per_shard):
-        number = shard * settings.images_per_shard + i
+    for i in range(count):
+        number = first + i
         if i % settings.images_per_world == 0:
             kind = kinds[number // settings.images_per_world % len(kinds)]
             seed = number * SEED_STRIDE + list(SPLITS).index(split)
@@ -199,6 +217,27 @@ def generate(
             world.sample_future(rng, settings.camera_motion_probability)
             for _ in range(settings.futures)
         ]
+        yield Simulated(number, seed, world, frame, futures)
+
+
+def replay(split: str, number: int, settings: Settings) -> Simulated:
+    """Draws one image of a split again, for what is not stored: a second rendering, for example.
+
+    Needs MuJoCo and OpenGL; not for "foreign".
+    """
+    in_shard = number % settings.images_per_shard
+    before = in_shard % settings.images_per_world
+    *_, last = simulate(split, number - before, before + 1, settings)
+    return last
+
+
+def generate(
+    split: str, shard: int, settings: Settings, assets: Path | None = None
+) -> Iterator[dict[str, Any]]:
+    """The samples of a shard as WebDataset dictionaries; `assets` is for "foreign" alone."""
+    first = shard * settings.images_per_shard
+    for drawn in simulate(split, first, settings.images_per_shard, settings, assets):
+        number, seed, world, frame, futures = drawn
         # The scale keeps the relative error of near surfaces below that of float16.
         depth_scale = max(float(frame.depth.max()), 1e-3) / 65535
         meta = {

@@ -11,6 +11,8 @@ Conventions, used by everything in `sim`:
 * `camera_motion` is the pose of the camera after the motion in its own frame before, so that the
   pose afterwards is `camera_pose @ camera_motion`.
 * Depth 0 means no surface: such points lie at infinity and see the camera's rotation only.
+* Relative depth is that of `fpt_model.scene_flow`: the depth after over that before, less one. It
+  is defined at infinity, too, where only the camera's rotation changes it.
 """
 
 from typing import NamedTuple
@@ -28,6 +30,12 @@ class PointFlow(NamedTuple):
     flow: NDArray[np.float32]  # [M, 2] normalised displacement (fractions of width, height)
     scene_flow: NDArray[np.float32]  # [M, 3] metres, after minus before, each in its optical frame
     depth: NDArray[np.float32]  # [M] metres after the motion, 0 where there was no surface
+    depth_change: NDArray[np.float32]  # [M] relative: depth after / before - 1
+
+    @property
+    def motion(self) -> NDArray[np.float32]:
+        """[M, 3]: flow and depth_change, what three-dimensional models predict."""
+        return np.concatenate([self.flow, self.depth_change[..., None]], -1)
 
 
 def optical_motions(
@@ -99,6 +107,7 @@ def point_flow(
         flow=flow,
         scene_flow=delta * surface[:, None],
         depth=np.where(surface, z_after, np.float32(0)),
+        depth_change=(z_after - z) / z,
     )
 
 
@@ -110,7 +119,7 @@ def dense_flow(
     body_motion: NDArray[np.floating],
     camera_motion: NDArray[np.floating] | None = None,
 ) -> PointFlow:
-    """`point_flow` at each pixel: fields of shape [H, W, 2], [H, W, 3] and [H, W]."""
+    """`point_flow` at each pixel: fields of shape [H, W, ...]."""
     height, width = depth.shape
     v, u = np.mgrid[0:height, 0:width]
     result = point_flow(
@@ -127,6 +136,7 @@ def dense_flow(
         result.flow.reshape(height, width, 2),
         result.scene_flow.reshape(height, width, 3),
         result.depth.reshape(height, width),
+        result.depth_change.reshape(height, width),
     )
 
 

@@ -29,7 +29,7 @@ os.environ.update(environment.defaults())
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def save_small_model(path: Path) -> Path:
+def save_small_model(path: Path, flow_dim: int = 2) -> Path:
     """A small model with seeded random weights, all of them in use, as a checkpoint."""
     torch.manual_seed(5)
     model = FlowPokeTransformer(
@@ -43,6 +43,7 @@ def save_small_model(path: Path) -> Path:
             head_dim=16,
             horizon_s=0.5,
             kl_threshold=0.05,
+            flow_dim=flow_dim,
         )
     )
     with torch.no_grad():
@@ -62,9 +63,11 @@ class Topic(NamedTuple):
     qos: str
 
 
-def documented_topics(executable: str, node: str, namespace: str = "") -> set[Topic]:
-    """What docs/messages.md says of a node, with full names."""
-    page = (ROOT / "docs" / "messages.md").read_text()
+def documented_topics(
+    executable: str, node: str, namespace: str = "", page: str = "messages.md"
+) -> set[Topic]:
+    """What a page of docs/ says of a node, with full names."""
+    page = (ROOT / "docs" / page).read_text()
     section = page.split(f"\n## {executable}\n")[1].split("\n## ")[0]
     rows = re.findall(r"^\| `(\S+)` \| (in|out) \| `(\S+)` \| ([^|]+) \|", section, re.MULTILINE)
 

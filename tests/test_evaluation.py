@@ -367,7 +367,7 @@ def test_mistakes_are_named(fpt_eval: Any, data: Path, model: Path, tmp_path: Pa
         (("--suite", unlike, *common), "unknown or missing keys ['split', 'splits']"),
         (("--suite", "foreign", *common), "python -m sim.dataset --out"),
         (("--suite", "procedural", *common, "--single-gaussian", model), "has 4"),
-        (("--suite", "procedural", *common, "--model", solid), "flow_dim 2"),
+        (("--suite", "procedural", *common, "--planar-model", solid), "received 3 and 2"),
         (("--suite", "procedural", *common, "--model", "none"), "no model 'none'"),
         (("--suite", "procedural", *common, "--precision", "fp8"), "received 'fp8'"),
         (("--suite", "procedural", *common, "--graphs", tmp_path / "none"), "none"),

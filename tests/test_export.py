@@ -172,6 +172,17 @@ def test_raw_outputs_equal_pytorchs(
         assert_close(own, other, MAX_RAW_FP32)
 
 
+def test_pokes_of_unknown_depth_equal_pytorchs(small: Exported, image: NDArray[np.uint8]) -> None:
+    pos, flow, queries = questions(3, 2, 3, 20)
+    flow[0, :, 2], flow[1, 0, 2] = np.nan, np.nan
+    ours, theirs = (
+        p.raw(p.encode(image), pos, flow, queries)
+        for p in (small.predictor(), FlowPredictor(small.model))
+    )
+    assert np.isfinite(ours).all()
+    assert_close(ours, theirs, MAX_RAW_FP32)
+
+
 def test_joint_sampling_equals_pytorchs(small: Exported, image: NDArray[np.uint8]) -> None:
     """Step by step, both given the same motions: a draw's rounding grows in the next ones."""
     pos, flow, queries = questions(3, 1, 2, 4)

@@ -117,6 +117,7 @@ def test_launch_arguments_are_described(file: str) -> None:
         "namespace",
         "image",
         "camera_info",
+        "depth",
         "params_file",
         "use_sim_time",
         "log_level",

@@ -109,6 +109,7 @@ PIP_ONLY = {  # see the extras of setup.py
         "onnx",
         "onnxruntime",
         "onnxscript",
+        "open3d",
         "rerun",
         "rosbags",
         "safetensors",

@@ -31,9 +31,13 @@ class DataConfig:
     # motions
     # frames from the picture to the end of its motion, in shards of tracked videos; theirs alone
     horizon_frames: int = 25
-    target_noise: float = 0.004  # image sides, std of the tracking noise added to all motions
+    target_noise: float = 0.004  # image sides, std of the tracking noise added to all motions,
+    # and that of relative depth
     poke_noise: float = 0.02  # further relative noise of the pokes' motion
     hide_static_flag: float = 0.1  # probability that a static camera is given as unknown
+    # of three-dimensional models: probability that an example's first pokes, any number of them,
+    # come without their motion in depth: users draw in the image, joint samples then follow
+    planar_pokes: float = 0.5
     # where pokes and queries lie
     informed: float = (
         0.85  # share of examples whose pokes prefer what moves, else they fall anywhere

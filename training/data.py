@@ -121,10 +121,10 @@ class Shards(TarSamples):
         return read_sample({member: self.read(index, member) for member in self.members(index)})
 
     def example(
-        self, index: int, side: int, config: DataConfig, rng: np.random.Generator
+        self, index: int, side: int, config: DataConfig, rng: np.random.Generator, dims: int = 2
     ) -> Example:
         """An example of one image, see :func:`make_example`."""
-        return make_example(self[index], side, config, rng)
+        return make_example(self[index], side, config, rng, dims)
 
 
 class Example(NamedTuple):
@@ -135,7 +135,7 @@ class Example(NamedTuple):
 
     image: Tensor  # uint8 [3, S, S]
     poke_pos: Tensor  # [F, P, 2]
-    poke_flow: Tensor  # [F, P, D]
+    poke_flow: Tensor  # [F, P, D]; third component NaN: not told
     query_pos: Tensor  # [F, G, n, 2]; group g sees the first visible_pokes[g] pokes of its future
     query_flow: Tensor  # [F, G, n, D]; NaN: not supervised
     camera_static: Tensor  # bool [F]
@@ -178,9 +178,13 @@ class Crop:
     def displacements(
         self, flow: NDArray[np.floating], size: tuple[int, int]
     ) -> NDArray[np.float64]:
-        """Flow ``[M, 2]`` in units of the stored image of ``size`` to model units."""
-        pixels = displacement_normalised_to_pixels(flow, size)
-        return displacement_pixels_to_normalised(pixels, (self.height, self.width)) @ self._axes.T
+        """Flow ``[M, D]`` in units of the stored image of ``size`` to model units.
+
+        A third component, relative depth, is the same in all views.
+        """
+        pixels = displacement_normalised_to_pixels(flow[:, :2], size)
+        inside = displacement_pixels_to_normalised(pixels, (self.height, self.width))
+        return np.concatenate([inside @ self._axes.T, flow[:, 2:]], -1)
 
     @property
     def _axes(self) -> NDArray[np.int_]:
@@ -257,9 +261,13 @@ def light_field(side: int, rng: np.random.Generator) -> NDArray[np.float32]:
 
 
 def make_example(
-    sample: StoredSample, side: int, config: DataConfig, rng: np.random.Generator
+    sample: StoredSample,
+    side: int,
+    config: DataConfig,
+    rng: np.random.Generator,
+    dims: int = 2,
 ) -> Example:
-    """Choose a crop, futures, and for each pokes and queries.
+    """Choose a crop, futures, and for each pokes and queries, with motions of ``dims`` components.
 
     Where a query lies depends on the image alone (never on what moves in some future), so that the
     learned distributions are not biased towards motion.
@@ -304,7 +312,7 @@ def make_example(
                 ]
             )
         )
-        flow = crop.displacements(sample.flow_at(int(future), xy).flow, size)
+        flow = crop.displacements(sample.flow_at(int(future), xy).motion[:, :dims], size)
         placed.append(crop.positions(xy))
         moved.append(observed(flow, config, rng))
     segment = pick(config.segment_points, on_bodies, pixels, 0.5, rng)
@@ -336,12 +344,15 @@ def choose_futures(
 def observed(
     flow: NDArray[np.float64], config: DataConfig, rng: np.random.Generator
 ) -> NDArray[np.float64]:
-    """True motions ``[pokes + queries, D]`` with noise; NaN for queries of unusable ones."""
+    """True motions ``[pokes + queries, D]`` with noise; NaN for queries of unusable ones, and for
+    the motion in depth of pokes that are given without it."""
     count = config.pokes
     flow = flow + rng.normal(0, config.target_noise, flow.shape)
     flow[:count] *= 1 + rng.normal(0, config.poke_noise, (count, 1))
     np.clip(flow[:count], -_MAX_FLOW, _MAX_FLOW, out=flow[:count])
     flow[count:][np.abs(flow[count:]).max(-1) > _MAX_FLOW] = np.nan
+    if flow.shape[1] == 3 and count and rng.random() < config.planar_pokes:
+        flow[: rng.integers(1, count + 1), 2] = np.nan
     return flow
 
 
@@ -398,9 +409,10 @@ class ExampleSource(Protocol):
     def __len__(self) -> int: ...
 
     def example(
-        self, index: int, side: int, config: DataConfig, rng: np.random.Generator
+        self, index: int, side: int, config: DataConfig, rng: np.random.Generator, dims: int = 2
     ) -> Example:
-        """An example of image ``index`` for a model with inputs of ``side`` px."""
+        """An example of image ``index`` for a model with inputs of ``side`` px and flow_dim
+        ``dims``."""
         ...
 
 
@@ -418,8 +430,8 @@ class ExampleDataset(Dataset[Example]):
             self._order = np.random.default_rng([seed, 0, epoch]).permutation(len(self.shards))
             self._epoch = epoch
         rng = np.random.default_rng([seed, 1, number])
-        index, side = int(self._order[position]), self.config.model.image_size
-        return self.shards.example(index, side, self.config.data, rng)
+        index, model = int(self._order[position]), self.config.model
+        return self.shards.example(index, model.image_size, self.config.data, rng, model.flow_dim)
 
 
 class Share(Sampler[int]):

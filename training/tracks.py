@@ -156,9 +156,11 @@ class TrackShards(TarSamples):
         )
 
     def example(
-        self, index: int, side: int, config: DataConfig, rng: np.random.Generator
+        self, index: int, side: int, config: DataConfig, rng: np.random.Generator, dims: int = 2
     ) -> Example:
-        """An example of one clip, see :func:`make_example`."""
+        """An example of one clip, see :func:`make_example`; ValueError unless ``dims`` is 2."""
+        if dims != 2:
+            raise ValueError(f"tracked videos show motion in the image, not flow_dim = {dims}")
         return make_example(self[index], side, config, rng)
 
 

@@ -27,6 +27,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from fpt_model import FlowPokeTransformer, load_model, save_model
+from fpt_model.lift import lifted_state
 from training.config import OptimConfig, RunConfig
 from training.data import Example, ExampleDataset, Share, load_batches
 from training.devices import launch
@@ -85,15 +86,17 @@ def make_optimisers(model: nn.Module, optim: OptimConfig) -> list[torch.optim.Op
 def start_from(model: FlowPokeTransformer, name: str) -> None:
     """Copy the weights of the shipped model or file ``name`` into ``model`` (in place).
 
-    ``model`` may be larger in two ways: further tensors stay as they were initialised, and further
-    inputs of a matrix, which stand last, begin with weight zero. ValueError names what else
-    differs.
+    ``model`` may be larger in three ways: further tensors stay as they were initialised, further
+    inputs of a matrix, which stand last, begin with weight zero, and it may have flow_dim 3 instead
+    of 2 (:mod:`fpt_model.lift`). ValueError names what else differs.
     """
     start = load_model(name)
     bands = start.config.position_bands, model.config.position_bands
     if bands[0] != bands[1]:  # these inputs stand before others
         raise ValueError(f"{name} has position_bands = {bands[0]}, the run's model {bands[1]}")
-    source, own = start.state_dict(), model.state_dict()
+    lift = (start.config.flow_dim, model.config.flow_dim) == (2, 3)
+    source = lifted_state(start) if lift else start.state_dict()
+    own = model.state_dict()
     if missing := sorted(set(source) - set(own)):
         raise ValueError(f"{name} has the tensor {missing[0]!r}, which the run's model has not")
     for key, value in source.items():

@@ -21,10 +21,19 @@ def _numbers(text: str, names: str, what: str) -> list[float]:
     return values
 
 
-def parse_poke(text: str) -> tuple[float, float, float, float]:
-    """``"x,y,dx,dy"`` in px; UserError otherwise."""
+def parse_poke(text: str) -> tuple[float, float, float, float, float]:
+    """``"x,y,dx,dy"`` in px, or ``"x,y,dx,dy,dz"`` with dz in m, else NaN; UserError otherwise."""
+    if text.count(",") == 4:
+        x, y, dx, dy, dz = _numbers(text, "x,y,dx,dy,dz", "a poke")
+        return x, y, dx, dy, dz
     x, y, dx, dy = _numbers(text, "x,y,dx,dy", "a poke")
-    return x, y, dx, dy
+    return x, y, dx, dy, math.nan
+
+
+def parse_intrinsics(text: str) -> tuple[float, float, float, float]:
+    """``"fx,fy,cx,cy"`` in px; UserError otherwise."""
+    fx, fy, cx, cy = _numbers(text, "fx,fy,cx,cy", "intrinsics")
+    return fx, fy, cx, cy
 
 
 def parse_query(text: str) -> tuple[float, float]:

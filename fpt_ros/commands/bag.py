@@ -93,7 +93,7 @@ def bag(
     Each answer has the header of its image, and the recording time of the message that called for
     it. Messages that cannot be read are counted and reported.
     """
-    given = np.array([parse_poke(text) for text in poke or []]).reshape(-1, 4)
+    given = np.array([parse_poke(text) for text in poke or []]).reshape(-1, 5)
     try:
         from fpt_ros import bag as bags
     except ImportError as error:
@@ -115,7 +115,7 @@ def bag(
                     predictor,
                     inputs,
                     output,
-                    Pokes(given[:, :2], given[:, 2:]) if poke else None,
+                    Pokes(given[:, :2], given[:, 2:4], given[:, 4]) if poke else None,
                     values,
                     namespace,
                     copy_inputs,

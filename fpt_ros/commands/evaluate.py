@@ -35,6 +35,13 @@ def evaluate(
             help="A model with one component, measured beside the other.", show_default=False
         ),
     ] = None,
+    planar_model: Annotated[
+        str | None,
+        typer.Option(
+            help="A planar model, measured in the image beside a three-dimensional one.",
+            show_default=False,
+        ),
+    ] = None,
     scenes: Annotated[
         int | None,
         typer.Option(min=1, help="At most so many of each split.", show_default=False),
@@ -78,7 +85,9 @@ def evaluate(
         if scenes:
             chosen = dataclasses.replace(chosen, scenes=scenes)
         folder = out or Path("evaluation") / chosen.name
-        figures = run.run(chosen, model, data, folder, single_gaussian, precision, seed, graphs)
+        figures = run.run(
+            chosen, model, data, folder, single_gaussian, precision, seed, graphs, planar_model
+        )
         if save_threshold:
             run.save_threshold(resolve_model(model), figures["thresholds"]["kl_matched"])
     except (BackendError, CheckpointError, EvaluationError, OSError) as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,10 +16,13 @@ from rich.console import Console
 from rich.table import Table
 
 from fpt_model import FlowMixture, FPTConfig
+from fpt_model.depth import Depth
 from fpt_model.geometry import grid as grid_points
 from fpt_model.geometry import normalised_to_pixels
+from fpt_model.ply import write_ply
 from fpt_model.visualize import draw_overlay
 from fpt_ros.commands.arguments import UserError, parse_grid, parse_poke, parse_query
+from fpt_ros.commands.depth import read_depth_file, scene_columns, show
 from fpt_ros.commands.media import Frames, FramesWriter, RGBImage
 from fpt_ros.commands.model import (
     BackendOption,
@@ -33,10 +37,11 @@ from fpt_ros.commands.progress import progress_bar
 from fpt_ros.pokes import Pokes, RequestError, check_inside
 
 if TYPE_CHECKING:  # importing torch takes seconds, which help and error messages must not cost
-    from fpt_ros.pipeline import Answer, Settings
+    from fpt_ros.pipeline import Answer, Settings, View
 
 DEFAULT_GRID = "4x4"
 LEAST_LISTED_PROBABILITY = 0.01
+_DECIMALS = (1, 1, 3)  # of dx, dy in px, dz in m
 
 
 def predict(
@@ -44,8 +49,9 @@ def predict(
     poke: Annotated[
         list[str],
         typer.Option(
-            metavar="X,Y,DX,DY",
-            help="The point at X,Y moves by DX,DY, in px, x right and y down. Repeatable.",
+            metavar="X,Y,DX,DY[,DZ]",
+            help="The point at X,Y moves by DX,DY, in px, x right and y down; with --depth also by "
+            "DZ, in m, away from the camera. Repeatable.",
             show_default=False,
         ),
     ],
@@ -79,6 +85,35 @@ def predict(
     moving_camera: Annotated[
         bool, typer.Option("--moving-camera", help="The camera may move, too.")
     ] = False,
+    depth: Annotated[
+        Path | None,
+        typer.Option(
+            help="Registered depth of the picture, for three-dimensional models: a 16-bit picture "
+            "in mm, a float one or .npy in m.",
+            show_default=False,
+        ),
+    ] = None,
+    intrinsics: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FX,FY,CX,CY",
+            help="The camera of picture and depth, px; without it lengths are guesses.",
+            show_default=False,
+        ),
+    ] = None,
+    ply: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write points with their predicted motion here; needs --depth.",
+            show_default=False,
+        ),
+    ] = None,
+    ply_grid: Annotated[
+        str, typer.Option(metavar="COLSxROWS", help="How many points --ply and --view have.")
+    ] = "128x96",
+    view: Annotated[
+        bool, typer.Option("--view", help="Show these points in Open3D; needs --depth.")
+    ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print JSON, one object a frame, and no table.")
     ] = False,
@@ -98,7 +133,7 @@ def predict(
 
     from fpt_ros.pipeline import Answer, Settings, View
 
-    pokes = Pokes(given_pokes[:, :2], given_pokes[:, 2:])
+    pokes = Pokes(given_pokes[:, :2], given_pokes[:, 2:4], given_pokes[:, 4])
     try:
         check_inside("poke", pokes.xy, frames.size)
         check_inside("query", queries, frames.size)
@@ -109,14 +144,19 @@ def predict(
         queries = np.concatenate([queries, on_grid])
     predictor = load_predictor(model, backend, precision, graphs, providers, device)
     settings = Settings(camera_static=not moving_camera, full_resolution=False)
+    measured = _depth(depth, intrinsics, ply, view, frames, predictor.config)
+    if ply or view:
+        settings = replace(settings, dense_size=parse_grid(ply_grid))
 
     with (
         writer or nullcontext(),
         progress_bar("predicting", "frames", disable=not frames.is_video) as progress,
     ):
         for index, frame in enumerate(progress.track(frames, total=frames.count)):
-            view = View(frame, predictor.encode(frame))
-            answer = Answer(predictor, view, pokes, queries, settings)
+            seen = View(frame, predictor.encode(frame), measured)
+            if predictor.config.flow_dim == 3:
+                _check_depth(seen, pokes)
+            answer = Answer(predictor, seen, pokes, queries, settings)
             if as_json:
                 number = {"frame": index} if frames.is_video else {}
                 print(json.dumps(number | _as_dict(answer, predictor.config, settings)))
@@ -126,8 +166,46 @@ def predict(
                 _print_table(answer, predictor.config, settings)
             if writer:
                 writer.write(_overlay(answer))
-    if out and not as_json:
-        print(f"wrote {out}")
+            if ply or view:
+                columns = scene_columns(answer)
+            if ply:
+                write_ply(ply, columns)
+    for path in (out, ply):
+        if path and not as_json:
+            print(f"wrote {path}")
+    if view:
+        show(columns)
+
+
+def _depth(
+    depth: Path | None,
+    intrinsics: str | None,
+    ply: Path | None,
+    view: bool,
+    frames: Frames,
+    config: FPTConfig,
+) -> Depth | None:
+    """That of the picture; UserError where something is missing for it, or needs it."""
+    if depth is None:
+        if ply or view or intrinsics:
+            raise UserError("--ply, --view and --intrinsics need --depth, received none")
+        return None
+    if frames.is_video:
+        raise UserError("--depth is of a picture, received a video")
+    if config.flow_dim != 3:
+        raise UserError(
+            f"--depth needs a three-dimensional model, {config.name} has flow_dim {config.flow_dim}"
+        )
+    if ply is not None and not ply.resolve().parent.is_dir():
+        raise UserError(f"--ply must be in an existing folder, received {str(ply)!r}")
+    return read_depth_file(depth, intrinsics, frames.size)
+
+
+def _check_depth(view: View, pokes: Pokes) -> None:
+    try:
+        view.check_depth(pokes)
+    except RequestError as error:
+        raise UserError(str(error)) from error
 
 
 def _overlay(answer: Answer) -> RGBImage:
@@ -136,15 +214,20 @@ def _overlay(answer: Answer) -> RGBImage:
         answer.pokes.xy,
         answer.pokes.flow,
         answer.queries,
-        answer.distribution,
+        answer.distribution.marginal(2),
         answer.flow,
         answer.mask,
     )
 
 
 def _std(modes: FlowMixture) -> NDArray[np.float64]:
-    """``[Q, K, 2]``: standard deviation of each mode along x and y."""
+    """``[Q, K, D]``: standard deviation of each mode along the axes."""
     return np.sqrt(np.diagonal(modes.component_covariances(), axis1=-2, axis2=-1))
+
+
+def _finite(values: NDArray[np.float64]) -> list[float | None]:
+    """A list for JSON, which has no NaN: None for what is unknown without depth."""
+    return [float(v) if np.isfinite(v) else None for v in values]
 
 
 def _as_dict(answer: Answer, config: FPTConfig, settings: Settings) -> dict[str, Any]:
@@ -158,9 +241,9 @@ def _as_dict(answer: Answer, config: FPTConfig, settings: Settings) -> dict[str,
             "modes": [
                 {
                     "probability": float(weight),
-                    "mean": mean.tolist(),
-                    "std": std.tolist(),
-                    "covariance": covariance.tolist(),
+                    "mean": _finite(mean),
+                    "std": _finite(std),
+                    "covariance": [_finite(line) for line in covariance],
                 }
                 for weight, mean, std, covariance in zip(*query_modes, strict=True)
             ],
@@ -169,15 +252,17 @@ def _as_dict(answer: Answer, config: FPTConfig, settings: Settings) -> dict[str,
     ]
     height, width = answer.view.size
     return {
-        "unit": "px",
+        "unit": "px" if modes.dims == 2 else "px, px, m",
         "height": height,
         "width": width,
         "model": config.name,
         "horizon_s": config.horizon_s,
         "camera_static": settings.camera_static,
         "pokes": [
-            {"xy": xy.tolist(), "flow": flow.tolist()}
-            for xy, flow in zip(answer.pokes.xy, answer.pokes.flow, strict=True)
+            {"xy": xy.tolist(), "flow": flow.tolist()} | ({} if np.isnan(dz) else {"dz": float(dz)})
+            for xy, flow, dz in zip(
+                answer.pokes.xy, answer.pokes.flow, answer.pokes.dz, strict=True
+            )
         ],
         "queries": queries,
         "moving_share": float(answer.mask.mean()),
@@ -190,13 +275,16 @@ def _print_table(answer: Answer, config: FPTConfig, settings: Settings) -> None:
         f"{width} x {height} px; {config.name}, {config.horizon_s:g} s ahead, "
         f"camera {'static' if settings.camera_static else 'may move'}"
     )
-    for (x, y), (dx, dy) in zip(answer.pokes.xy, answer.pokes.flow, strict=True):
-        print(f"poke ({x:g}, {y:g}) moves by ({dx:g}, {dy:g})")
+    pokes = answer.pokes
+    for (x, y), (dx, dy), dz in zip(pokes.xy, pokes.flow, pokes.dz, strict=True):
+        in_depth = "" if np.isnan(dz) else f" and {dz:g} m in depth"
+        print(f"poke ({x:g}, {y:g}) moves by ({dx:g}, {dy:g}){in_depth}")
 
-    table = Table("query (px)", box=None, pad_edge=False, header_style="bold")
-    for heading in ("mode", "probability", "mean dx, dy (px)", "std dx, dy (px)"):
-        table.add_column(heading, justify="right")
     modes = answer.distribution.modes()
+    axes = "dx, dy (px)" if modes.dims == 2 else "dx, dy (px), dz (m)"
+    table = Table("query (px)", box=None, pad_edge=False, header_style="bold")
+    for heading in ("mode", "probability", f"mean {axes}", f"std {axes}"):
+        table.add_column(heading, justify="right")
     for (x, y), weights, means, stds in zip(
         answer.queries, modes.weights, modes.means, _std(modes), strict=True
     ):
@@ -207,8 +295,8 @@ def _print_table(answer: Answer, config: FPTConfig, settings: Settings) -> None:
                 f"{x:g}, {y:g}" if rank == 1 else "",
                 str(rank),
                 f"{weight:.2f}",
-                f"{mean[0]:+.1f}, {mean[1]:+.1f}",
-                f"{std[0]:.1f}, {std[1]:.1f}",
+                ", ".join(f"{v:+.{d}f}" for v, d in zip(mean, _DECIMALS, strict=False)),
+                ", ".join(f"{v:.{d}f}" for v, d in zip(std, _DECIMALS, strict=False)),
             )
     Console().print(table)
     print(f"moving part: {answer.mask.mean():.1%} of the image")

@@ -151,8 +151,8 @@ def _baselines(
 
 
 def _reduced(mixture: FlowMixture) -> dict[str, FloatArray]:
-    """By method, the mixture's one motion ``[..., 2]``."""
-    return {how: mixture.reduce(how) for how in REDUCTIONS}
+    """By method, the mixture's one motion ``[..., 2]`` in the image."""
+    return {how: mixture.marginal(2).reduce(how) for how in REDUCTIONS}
 
 
 def _errors(
@@ -180,10 +180,10 @@ def _put_masks(
     row: Row, prefix: str, mixture: FlowMixture, unconditional: FlowMixture, scene: Scene, poke: int
 ) -> dict[str, FloatArray]:
     """Returns the scores ``[C]``."""
-    scores = {
+    scores = {  # of all the motion that the model knows, also in depth
         "kl_matched": mixture.kl(unconditional),
         "kl_variational": variational_kl(mixture, unconditional),
-        "speed": np.linalg.norm(mixture.mean(), axis=-1),
+        "speed": np.linalg.norm(mixture.marginal(2).mean(), axis=-1),
     }
     for name, score in scores.items():
         row[f"{prefix}iou/{name}"] = intersection_over_union(
@@ -263,9 +263,10 @@ def measure(
     ) -> dict[str, FloatArray]:
         prefix = f"{place}/"
         if not thresholds_only:
+            planar = mixture.marginal(2)
             _put_errors(row, prefix, errors, _parts(scene))
-            _put_calibration(row, prefix, mixture, errors, scene, suite, rng)
-            _put_modes(row, prefix, mixture, scene, suite.grid)
+            _put_calibration(row, prefix, planar, errors, scene, suite, rng)
+            _put_modes(row, prefix, planar, scene, suite.grid)
             row[f"{prefix}poke_length"] = np.linalg.norm(scene.flow[poke])
         return _put_masks(row, prefix, mixture, unconditional, scene, poke)
 
@@ -308,7 +309,8 @@ def _put_curve(
             mixture = _predict(predictor, encoded, scene, pokes, asked)
         errors = _errors(_reduced(mixture), scene, pokes, suite.grid, asked)
         _put_errors(row, f"curve/{count}/", errors, where)
-        row[f"curve/{count}/nll"] = -mixture.log_prob(scene.flow[asked])[where["all"]].mean()
+        likelihood = mixture.marginal(2).log_prob(scene.flow[asked])
+        row[f"curve/{count}/nll"] = -likelihood[where["all"]].mean()
 
 
 def _predict(
@@ -318,7 +320,7 @@ def _predict(
     pokes: NDArray[np.intp],
     asked: Index = _EVERYWHERE,
 ) -> FlowMixture:
-    """The motion of points given some of them."""
+    """The motion of points given that of some of them in the image."""
     return predictor.predict(
         encoded, scene.points[pokes], scene.flow[pokes], scene.points[asked], scene.camera_static
     )
@@ -342,7 +344,7 @@ def measure_camera(
     row: Row = {}
     for flag in (False, True):
         prefix = f"flag_{int(flag)}/"
-        free = predictor.predict(encoded, nothing, nothing, scene.points, flag)
+        free = predictor.predict(encoded, nothing, nothing, scene.points, flag).marginal(2)
         speed = np.linalg.norm(free.sample(_DRAWS, rng), axis=-1).mean(0) * grid
         row[f"{prefix}speed"] = speed[known["moving"]].mean()
         for name, flow in (("moving", scene.moving_flow), ("standing", scene.static_flow)):
@@ -351,7 +353,7 @@ def measure_camera(
         poked = predictor.predict(
             encoded, scene.points[poke], scene.moving_flow[poke], scene.points, flag
         )
-        error = end_point_error(poked.mean(), scene.moving_flow, grid)
+        error = end_point_error(poked.mean()[:, :2], scene.moving_flow, grid)
         row[f"{prefix}epe/poked"] = error[known["moving"]].mean()
     lengths = np.linalg.norm(scene.moving_flow[known["moving"]], axis=-1)
     row["true_speed"] = row["epe/no_motion"] = lengths.mean() * grid
@@ -366,7 +368,7 @@ def measure_ambiguity(predictor: FlowPredictor, scene: AmbiguousScene, grid: int
     """
     encoded = predictor.encode(scene.image)
     nothing = np.empty((0, 2))
-    mixture = predictor.predict(encoded, nothing, nothing, scene.points, True)
+    mixture = predictor.predict(encoded, nothing, nothing, scene.points, True).marginal(2)
     means = mixture.modes().means  # [C, K, 2]
     modes = end_point_error(means, scene.flow[:, :, None], grid)  # [F, C, K]
     errors = {

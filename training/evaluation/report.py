@@ -166,6 +166,65 @@ def _ambiguity(columns: Mapping[str, Figures]) -> str:
     )
 
 
+def _depth(figures: Figures) -> str:
+    """Tables of :func:`training.evaluation.depth.depth_figures`."""
+    labels = {
+        "mean": "mean",
+        "median": "median",
+        "no_depth": "median without its motion in depth (z = 0)",
+        "copy": "poke copied in space",
+        "no_motion": "no motion",
+    }
+    columns = {
+        f"{POKED[place]}, {text}": figures[place][poked]
+        for place in PLACES
+        for poked, text in (("solid", "in depth"), ("planar", "in the image"))
+    }
+    rows: list[list[object]] = []
+    for what, error in (("epe", "3-D EPE"), ("z", "z error")):
+        for part, points in (("all", "all points"), ("moving", "points that move")):
+            for name, label in labels.items():
+                values = [100 * c[f"{what}_{part}"][name] for c in columns.values()]
+                rows.append([f"{error} of {points} (cm), {label}", *values])
+            for name in ("no_depth", "copy", "no_motion"):
+                ratios = [
+                    _ratio(c[f"{what}_{part}"], f"median_over_{name}") for c in columns.values()
+                ]
+                rows.append([f"... median over {labels[name]}", *ratios])
+    rows.append(["sign of the motion in depth right", *(c["sign"] for c in columns.values())])
+    parts = [table([f"{figures['scenes']} scenes", *columns], rows)]
+
+    hidden = figures["occlusion"]
+    if hidden["scenes"]:
+        rows = [
+            [label, f"{hidden[name]:.3f}", hidden[f"{name}_interval"]]
+            for name, label in (
+                ("solid/median", "poked in depth"),
+                ("solid/no_depth", "... with z = 0"),
+                ("planar/median", "poked in the image"),
+                ("planar/no_depth", "... with z = 0"),
+                ("copy", "poke copied in space, best radius"),
+                ("true", "the true motion itself"),
+            )
+        ]
+        header = [f"what will be hidden, {hidden['scenes']} scenes", "IoU", "95 % interval"]
+        parts.append(table(header, rows))
+
+    rows = []
+    for part, points in (("all", "all points"), ("moving", "points that move")):
+        for name in ("mean", "median"):
+            for who, text in (("image", ""), ("planar_model", ", planar model")):
+                if who in figures["largest"]:
+                    values = [figures[place][who][f"{part}/{name}"] for place in PLACES]
+                    rows.append([f"EPE of {points}, {name}{text}", *values])
+        ratio = f"{part}/median_over_planar_model"
+        if ratio in figures["largest"]["image"]:
+            ratios = [_ratio(figures[place]["image"], ratio) for place in PLACES]
+            rows.append(["... median over that of the planar model", *ratios])
+    parts.append(table(["in the image (cells)", *(POKED[place] for place in PLACES)], rows))
+    return "\n".join(parts)
+
+
 def markdown(figures: Figures) -> str:
     """The whole report."""
     chosen = ", ".join(
@@ -195,6 +254,8 @@ def markdown(figures: Figures) -> str:
             if f:
                 parts += [f"### {prefix or 'model, '}by the number of pokes\n", _curve(f["curve"])]
         parts += ["### By kind\n", _by_kind(found["largest"]["by_kind"])]
+        if "depth" in found:
+            parts += ["### Motion in depth\n", _depth(found["depth"])]
         if "camera" in found:
             parts += ["### Moving camera\n", _camera(found["camera"])]
         if "ambiguity" in found:
@@ -321,11 +382,16 @@ def contact_sheet(shown: Sequence[Shown], threshold: float, grid: int) -> RGBIma
             scene.kind, *errors, float(intersection_over_union(part, scene.moving))
         )
         rows.append(side_by_side(panels, captions, title, panel_height=160))
+    return in_two_columns(rows)
+
+
+def in_two_columns(rows: Sequence[RGBImage]) -> RGBImage:
+    """Pictures of equal height, two beside each other."""
     width = max(row.shape[1] for row in rows)
-    rows = [np.pad(r, ((0, 0), (0, width - r.shape[1]), (0, 0)), constant_values=255) for r in rows]
-    if len(rows) % 2:
-        rows.append(np.full_like(rows[0], 255))
-    pairs = zip(rows[::2], rows[1::2], strict=True)
+    full = [np.pad(r, ((0, 0), (0, width - r.shape[1]), (0, 0)), constant_values=255) for r in rows]
+    if len(full) % 2:
+        full.append(np.full_like(full[0], 255))
+    pairs = zip(full[::2], full[1::2], strict=True)
     return np.vstack([np.hstack(pair) for pair in pairs])
 
 

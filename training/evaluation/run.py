@@ -19,9 +19,17 @@ from tqdm import tqdm
 from fpt_model import FlowPredictor, load_model, save_model
 from fpt_model.backends import Backend
 from fpt_model.checkpoint import resolve_model
-from sim.dataset import sha256
+from sim.dataset import SPLITS, sha256
 from training.data import Shards
 from training.evaluation import report
+from training.evaluation.depth import (
+    DepthScene,
+    ShownDepth,
+    depth_figures,
+    depth_scenes,
+    depth_sheet,
+    measure_depth,
+)
 from training.evaluation.figures import (
     Figures,
     Rows,
@@ -60,13 +68,13 @@ def load_predictor(
 ) -> FlowPredictor:
     """The model by PyTorch, or by ONNX Runtime from exported ``graphs``, and by nothing else.
 
-    Raises EvaluationError for a precision that they have not and for a model of three-dimensional
-    motion, which no suite measures yet; FileNotFoundError, CheckpointError and BackendError.
+    Raises EvaluationError for a precision that they have not; FileNotFoundError, CheckpointError
+    and BackendError.
     """
     loaded = load_model(model)
     backend: Backend = "torch" if graphs is None else "onnxruntime"
     try:
-        predictor = FlowPredictor(
+        return FlowPredictor(
             loaded,
             backend,
             precision=precision,  # type: ignore[arg-type]  # checked there
@@ -75,12 +83,6 @@ def load_predictor(
         )
     except ValueError as error:
         raise EvaluationError(str(error)) from error
-    if predictor.config.flow_dim != 2:
-        raise EvaluationError(
-            f"the suites measure motion in the image: expected a model with flow_dim 2, "
-            f"{model} has {predictor.config.flow_dim}"
-        )
-    return predictor
 
 
 def load_single_gaussian(model: str) -> FlowPredictor:
@@ -97,11 +99,14 @@ def load_single_gaussian(model: str) -> FlowPredictor:
 class Evaluation:
     """One suite, on the shards in ``data``, for any number of models.
 
-    Raises EvaluationError with the command that makes them where shards are missing.
+    ``planar`` is a model of motion in the image, measured beside three-dimensional ones. Raises
+    EvaluationError with the command that makes them where shards are missing.
     """
 
-    def __init__(self, suite: Suite, data: Path, seed: int) -> None:
-        self.suite, self.seed = suite, seed
+    def __init__(
+        self, suite: Suite, data: Path, seed: int, planar: FlowPredictor | None = None
+    ) -> None:
+        self.suite, self.seed, self.planar = suite, seed, planar
         self.shards = {
             split: self._open(suite, data, split) for split in (*suite.splits, suite.validation)
         }
@@ -185,6 +190,7 @@ class Evaluation:
                 **{place: poke_figures(rows, place, chosen, over) for place in PLACES},
                 "curve": curve_figures(rows, suite.pokes),
                 **self.simulated(predictor, split),
+                **self.in_depth(predictor, split, out),
             }
         thresholds = {name: float(THRESHOLDS[name][i]) for name, i in chosen.items()}
         if out is not None:
@@ -216,6 +222,33 @@ class Evaluation:
             if rows is not None
         }
 
+    def in_depth(self, predictor: FlowPredictor, split: str, out: Path | None) -> Figures:
+        """Of three-dimensional models on our own worlds, see :mod:`training.evaluation.depth`.
+
+        A picture goes to ``out``.
+        """
+        shards, suite = self.shards[split], self.suite
+        drawn_by_us = split in SPLITS and split != "foreign"
+        if predictor.config.flow_dim != 3 or not drawn_by_us or isinstance(shards, TrackShards):
+            return {}
+        every, count = max(1, suite.scenes // report.SHEET), 0
+        shown: list[ShownDepth] = []
+
+        def call(scene: DepthScene, rng: np.random.Generator) -> Row:
+            nonlocal count
+            row, picture = measure_depth(predictor, self.planar, scene, suite.grid)
+            if count % every == 0 and len(shown) < report.SHEET:
+                shown.append(picture)
+            count += 1
+            return row
+
+        found = depth_scenes(shards, split, suite, self.seed)
+        rows = self._rows(f"{split}, depth", found, call)
+        assert rows is not None, "the main figures found scenes"
+        if out is not None:
+            report.write_picture(depth_sheet(shown, suite.grid), out / f"{split}-depth.png")
+        return {"depth": depth_figures(rows, suite.intervals_over)}
+
     def _draw(
         self,
         found: Figures,
@@ -241,6 +274,7 @@ def run(
     precision: str = "fp32",
     seed: int = 0,
     graphs: Path | None = None,
+    planar_model: str | None = None,
 ) -> Figures:
     """Evaluate and write everything to ``out`` (made at need); returns what figures.json holds.
 
@@ -248,12 +282,19 @@ def run(
         model, single_gaussian: shipped names or files; the second, optional one predicts a single
             Gaussian and is measured in the same way, in fp32.
         graphs: folder of ``fpt export``, for the model by ONNX Runtime.
+        planar_model: for a three-dimensional model, a planar one beside which it is measured.
 
     Raises what :func:`load_predictor` does, and EvaluationError for missing shards.
     """
     predictor = load_predictor(model, precision, graphs)
     single = load_single_gaussian(single_gaussian) if single_gaussian else None
-    evaluation = Evaluation(suite, data, seed)
+    planar = load_predictor(planar_model) if planar_model else None
+    if planar is not None and (planar.config.flow_dim, predictor.config.flow_dim) != (2, 3):
+        raise EvaluationError(
+            "a planar model is measured beside a three-dimensional one: expected flow_dim 2 and 3, "
+            f"received {planar.config.flow_dim} and {predictor.config.flow_dim}"
+        )
+    evaluation = Evaluation(suite, data, seed, planar)
     out.mkdir(parents=True, exist_ok=True)
     thresholds, splits = evaluation.figures(predictor, out)
     figures: Figures = {
@@ -262,6 +303,7 @@ def run(
         "model": model,
         "model_sha256": sha256(resolve_model(model)),
         "single_gaussian": single_gaussian,
+        "planar_model": planar_model,
         "backend": predictor.backend,
         "precision": predictor.precision,
         "commit": code_version(),

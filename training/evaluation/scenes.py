@@ -99,7 +99,14 @@ def scenes(shards: Shards | TrackShards, suite: Suite, seed: int) -> Iterator[Sc
     """
     if isinstance(shards, TrackShards):
         yield from _tracked(shards, suite, seed)
-        return
+    else:
+        yield from (scene for _, _, _, scene in simulated_scenes(shards, suite, seed))
+
+
+def simulated_scenes(
+    shards: Shards, suite: Suite, seed: int
+) -> Iterator[tuple[int, StoredSample, int, Scene]]:
+    """Number of the image, its sample and the future of each of :func:`scenes`, and the scene."""
     size = (suite.grid, suite.grid)
     for index in in_turn(shards):
         sample = shards[index]
@@ -108,7 +115,8 @@ def scenes(shards: Shards | TrackShards, suite: Suite, seed: int) -> Iterator[Sc
             pokes = _choose_pokes(*truth, suite, np.random.default_rng([seed, index]))
             if pokes is not None:
                 name = f"{sample.kind} {sample.seed}"
-                yield Scene(sample.rgb, sample.kind, name, True, grid(size), *truth, *pokes)
+                scene = Scene(sample.rgb, sample.kind, name, True, grid(size), *truth, *pokes)
+                yield int(index), sample, int(future), scene
                 break
 
 

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: MIT
+"""Which of the surfaces seen in an image will be hidden after a motion: a moved depth image.
+
+Every pixel is a patch of surface. It is moved to where its motion takes it and drawn there into a
+depth buffer, as large as the motion of its neighbours makes it. What is drawn over by something
+nearer is hidden. What no pixel shows (the inside of a drawer, the back of a body) hides nothing
+here, and what leaves the image is not hidden.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from fpt_model.scene_flow import MIN_RATIO
+
+TOLERANCE = 0.02
+"""What covers something must be nearer by this share of the depth."""
+
+_MAX_REACH = 2.0  # px from its middle to its edge, of the largest patch: what comes close grows
+
+
+def occluded(
+    depth: NDArray[np.floating], motion: ArrayLike, tolerance: float = TOLERANCE
+) -> NDArray[np.bool_]:
+    """``[H, W]``: what is seen now and hidden afterwards.
+
+    Args:
+        depth: ``[H, W]`` m; NaN: unknown, which neither hides nor is hidden.
+        motion: ``[H, W, 3]``: du, dv in px of this image, and relative depth ``Z' / Z - 1``. As Z
+            is known, these are the motion in space; the camera's intrinsics cancel out.
+        tolerance: how much nearer, as a share of the depth, something must be to hide.
+
+    Raises ValueError for shapes that do not fit.
+    """
+    z, m = np.asarray(depth, np.float64), np.asarray(motion, np.float64)
+    if z.ndim != 2 or m.shape != (*z.shape, 3):
+        raise ValueError(
+            f"expected depth [H, W] and motion [H, W, 3], received shapes {z.shape} and {m.shape}"
+        )
+    height, width = z.shape
+    rows, columns = np.mgrid[0:height, 0:width]
+    u, v = columns + m[..., 0], rows + m[..., 1]
+    z_after = z * np.maximum(1 + m[..., 2], MIN_RATIO)
+    known = np.isfinite(z_after) & np.isfinite(u) & np.isfinite(v)
+    # of each patch how its place and depth change from a pixel to the next
+    (u_x, u_y), (v_x, v_y), (z_x, z_y) = (
+        _derivatives(np.where(known, a, np.nan)) for a in (u, v, z_after)
+    )
+    turned_away = u_x * v_y < u_y * v_x  # its image is mirrored: one would see its back
+    slope = np.abs(z_x) + np.abs(z_y)
+    # half its bounding box
+    reach_u, reach_v = (
+        np.clip((np.abs(x) + np.abs(y)) / 2, 0.5, _MAX_REACH) for x, y in ((u_x, u_y), (v_x, v_y))
+    )
+
+    u, v, z_after = u[known], v[known], z_after[known]
+    reach_u, reach_v, slope = reach_u[known], reach_v[known], slope[known]
+    middle_u, middle_v = np.floor(u + 0.5), np.floor(v + 0.5)
+    buffer = np.full(height * width, np.inf)
+    radius = int(np.ceil(_MAX_REACH))
+    for step_v in range(-radius, radius + 1):
+        for step_u in range(-radius, radius + 1):
+            # beyond its own pixel a patch covers those whose centres it reaches
+            far = (reach_u > abs(step_u) - 0.5) & (reach_v > abs(step_v) - 0.5)
+            i = slice(None) if step_u == step_v == 0 else np.flatnonzero(far)
+            x, y = middle_u[i] + step_u, middle_v[i] + step_v
+            drawn = (np.abs(x - u[i]) < reach_u[i]) | (step_u == 0)
+            drawn &= (np.abs(y - v[i]) < reach_v[i]) | (step_v == 0)
+            drawn &= (x >= 0) & (x < width) & (y >= 0) & (y < height)
+            cell = (y[drawn] * width + x[drawn]).astype(np.intp)
+            np.minimum.at(buffer, cell, z_after[i][drawn])
+
+    inside = (middle_u >= 0) & (middle_u < width) & (middle_v >= 0) & (middle_v < height)
+    cell = np.where(inside, middle_v * width + middle_u, 0).astype(np.intp)
+    # a slanted surface's own neighbours are nearer, too, by less than it changes across two pixels
+    hidden = np.zeros((height, width), bool)
+    hidden[known] = inside & (
+        (buffer[cell] < z_after * (1 - tolerance) - 2 * slope) | turned_away[known]
+    )
+    return hidden
+
+
+def _derivatives(field: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """``[H, W]`` each, by x and by y: to the side where the field changes less.
+
+    So the edge of a surface, where one side is another surface, does not count. NaN is no side;
+    where there is none, the derivative is 0.
+    """
+
+    def along(axis: int) -> NDArray[np.float64]:
+        step = np.diff(field, axis=axis)
+        nothing = np.full_like(field.take([0], axis), np.nan)
+        before = np.concatenate([nothing, step], axis)
+        after = np.concatenate([step, nothing], axis)
+        use_after = np.isnan(before) | (np.abs(after) < np.abs(before))
+        return np.nan_to_num(np.where(use_after, after, before))
+
+    return along(1), along(0)
