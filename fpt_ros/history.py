@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,8 +15,10 @@ from sensor_msgs.msg import CompressedImage, Image
 from std_msgs.msg import Header
 
 from fpt_ros.images import ImageError
-from fpt_ros.pipeline import View
 from fpt_ros.pokes import Pokes
+
+if TYPE_CHECKING:  # it imports torch, which programs without a model must not wait for
+    from fpt_ros.pipeline import View
 
 
 def stamp_ns(header: Header) -> int:

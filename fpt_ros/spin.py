@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def run(
     node_class = load_node_class()
     node, initialised = None, False
     try:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, _interrupt)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         rclpy.init(args=None if args is None else list(args))
         initialised = True
@@ -64,3 +65,9 @@ def run(
 
 def _leave(*_: Any) -> None:
     os._exit(0)
+
+
+def _interrupt(_: int, frame: FrameType | None) -> None:
+    """KeyboardInterrupt, but not where Python would print and drop it; rclpy ends the spinning."""
+    if frame is None or frame.f_code.co_name != "__del__":
+        raise KeyboardInterrupt
