@@ -11,9 +11,10 @@ import pytest
 import torch
 import yaml
 
-from fpt_model import FlowPokeTransformer, load_model, save_model
+from fpt_model import FlowMixture, FlowPokeTransformer, load_model, save_model
 from fpt_model.encoder import preprocess
 from fpt_model.geometry import normalised_to_pixels
+from fpt_model.model import mixture_parameters
 from fpt_ros.cli import main
 from sim.dataset import GENERATOR, Settings, write_dataset
 from training import train
@@ -28,6 +29,7 @@ from training.data import (
     make_example,
     random_crop,
 )
+from training.losses import energy_score
 
 CONFIG = RunConfig.from_dict(
     {
@@ -330,6 +332,31 @@ def test_the_run_leaves_a_usable_model(run: Path, data: Path) -> None:
     assert RunConfig.load(run / "config.yaml") == CONFIG
 
 
+@pytest.mark.parametrize("flow_dim", [2, 3])
+def test_the_energy_score_is_that_of_samples(flow_dim: int) -> None:
+    config = replace(CONFIG.model, flow_dim=flow_dim)
+    generator = torch.Generator().manual_seed(0)
+    raw = torch.randn(50, config.raw_dim, generator=generator)
+    target = 0.1 * torch.randn(50, flow_dim, generator=generator)
+    log_weights, means, tril = mixture_parameters(raw, config)
+    mixture = FlowMixture(log_weights.numpy(), means.numpy(), tril.numpy())
+    x, y = np.split(mixture.sample(4000, np.random.default_rng(0)), 2)
+    sampled = np.linalg.norm(np.concatenate([x, y]) - target.numpy(), axis=-1).mean(0)
+    sampled -= np.linalg.norm(x - y, axis=-1).mean(0) / 2
+    score = energy_score(raw, target, config).numpy()
+    # the length of elongated Gaussians is an approximation
+    np.testing.assert_allclose(score, sampled, rtol=0.25)
+    assert np.corrcoef(score, sampled)[0, 1] > 0.98
+
+
+def test_the_energy_score_of_a_certain_prediction_is_its_error() -> None:
+    config = replace(CONFIG.model, head="scaled")
+    raw = torch.zeros(1, config.raw_dim)
+    target = torch.tensor([[0.3, -0.4]])
+    far, near = (energy_score(raw, s * target, config).item() for s in (20, 10))
+    assert far - near == pytest.approx(5, rel=1e-3)
+
+
 def test_training_learns(data: Path, tmp_path: Path) -> None:
     config = RunConfig.from_dict(
         {
@@ -343,7 +370,8 @@ def test_training_learns(data: Path, tmp_path: Path) -> None:
     trainer.run()
     after = trainer._loss(batch)[1].tolist()
     assert after[0] < before[0] - 0.5, f"NLL {before[0]:.2f} -> {after[0]:.2f}"
-    assert after[1] < before[1], f"auxiliary loss {before[1]:.3f} -> {after[1]:.3f}"
+    for name, old, new in zip(train.LOSSES[1:], before[1:], after[1:], strict=True):
+        assert new < old, f"{name} {old:.4f} -> {new:.4f}"
 
 
 def test_another_configuration_does_not_resume(data: Path, run: Path) -> None:

@@ -109,6 +109,9 @@ class OptimConfig:
     # probability that a motion is nothing the model could know, e.g. that of a pixel on an edge;
     # bounds the loss of one point, without it a few confident misses drown all others
     outlier_share: float = 1e-3
+    # of the energy score, in nats per side of the image: the likelihood counts a miss the same
+    # however far it is, this counts it by its distance
+    energy_weight: float = 0.0
     # of the auxiliary loss on which points belong to one body; needs data.segment_points
     segment_weight: float = 0.0
     ema_decay: float = 0.999

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fpt_model import FlowPokeTransformer
+from fpt_model import FlowPokeTransformer, FPTConfig
 from fpt_model.layers import sample_maps
-from fpt_model.model import negative_log_likelihood
+from fpt_model.model import mixture_parameters, negative_log_likelihood
 from training.config import RunConfig
 from training.data import Example
 
@@ -77,12 +77,39 @@ def robust(nll: Tensor, config: RunConfig) -> Tensor:
     return -torch.logaddexp(math.log1p(-share) - nll, torch.full_like(nll, outlier))
 
 
-def motion_loss(raw: Tensor, batch: Example, config: RunConfig) -> Terms:
-    """NLL in nats of the supervised queries, of raw outputs ``[B, F, G, n, raw_dim]``."""
+def energy_score(raw: Tensor, target: Tensor, config: FPTConfig) -> Tensor:
+    """Energy score ``[...]`` of ``target [..., D]``, in its unit; raw outputs ``[..., raw_dim]``.
+
+    E|X - y| - E|X - X'| / 2 with X, X' drawn from the mixture: a proper score, as the likelihood is
+    (Gneiting & Raftery, "Strictly proper scoring rules, prediction, and estimation", JASA 2007,
+    equation 22), but one that counts a miss by its distance. The mean length of a Gaussian vector
+    ``N(m, S)`` is taken as ``sqrt(|m|^2 + c tr S)`` with c such that it is exact for m = 0 and S a
+    multiple of the identity; for long m it is exact too.
+    """
+    log_weights, means, tril = mixture_parameters(raw, config)
+    d = config.flow_dim
+    c = 2 / d * (math.gamma((d + 1) / 2) / math.gamma(d / 2)) ** 2
+    spread = c * tril.square().sum((-2, -1))
+    weights = log_weights.exp()
+    miss = ((means - target.double()[..., None, :]).square().sum(-1) + spread).sqrt()
+    apart = (means[..., :, None, :] - means[..., None, :, :]).square().sum(-1)
+    between = (apart + spread[..., :, None] + spread[..., None, :]).sqrt()
+    pairs = weights[..., :, None] * weights[..., None, :]
+    return (weights * miss).sum(-1) - 0.5 * (pairs * between).sum((-2, -1))
+
+
+def motion_loss(raw: Tensor, batch: Example, config: RunConfig) -> tuple[Terms, Terms]:
+    """Robust NLL in nats and energy score in fractions of the side, of the supervised queries.
+
+    ``raw [B, F, G, n, raw_dim]``.
+    """
     known = ~batch.query_flow.isnan().any(-1)
-    nll = negative_log_likelihood(raw[known], batch.query_flow[known], config.model)
+    outputs, flow = raw[known], batch.query_flow[known]
+    nll = robust(negative_log_likelihood(outputs, flow, config.model), config)
+    score = energy_score(outputs, flow, config.model)
     # unlike Terms.of, a NaN of the model's must not go unnoticed
-    return Terms(robust(nll, config).sum(), nll.new_tensor(nll.numel()))
+    count = nll.new_tensor(nll.numel())
+    return Terms(nll.sum(), count), Terms(score.sum(), count)
 
 
 def segment_loss(logits: Tensor, body: Tensor) -> Terms:

@@ -38,6 +38,9 @@ from training.validation import Validation
 
 log = logging.getLogger("training")
 
+LOSSES = ("nll", "energy", "segments")
+"""What is descended: see training.losses.motion_loss and segment_loss."""
+
 
 def learning_rate_factor(step: int, optim: OptimConfig) -> float:
     """Linear warm-up, then the peak, then in the last ``decay_steps`` a cosine to 1 % of it."""
@@ -205,7 +208,9 @@ class Trainer:
             torch.compile(self.learner) if optim.compile else self.learner, *self.optimisers
         )
         self.visible = torch.tensor(config.data.visible_pokes, device=self.fabric.device)
-        self.loss_weights = torch.tensor([1.0, optim.segment_weight], device=self.fabric.device)
+        self.loss_weights = torch.tensor(
+            [1.0, optim.energy_weight, optim.segment_weight], device=self.fabric.device
+        )
         self.step = 0
         self.cpu_seconds = 0.0
         self._share()  # raises for a batch that cannot be split
@@ -291,10 +296,11 @@ class Trainer:
                 running = losses if running is None else 0.98 * running + 0.02 * losses
                 self.step += 1
                 bar.update()
-                bar.set_postfix(nll=f"{running[0]:.3f}", segments=f"{running[1]:.3f}")
+                shown = dict(zip(LOSSES, running.tolist(), strict=True))
+                bar.set_postfix({name: f"{value:.4f}" for name, value in shown.items()})
                 if writer and self.step % 20 == 0:
-                    writer.add_scalar("train/nll", running[0], self.step)
-                    writer.add_scalar("train/segments", running[1], self.step)
+                    for name, value in shown.items():
+                        writer.add_scalar(f"train/{name}", value, self.step)
                 if self.step % optim.validate_every == 0 or self.step == optim.steps:
                     self._validate(writer, running)
                 if self.step % optim.checkpoint_every == 0 or self.step == optim.steps:
@@ -308,7 +314,7 @@ class Trainer:
             writer.close()
 
     def _train_step(self, batch: Example) -> Tensor:
-        """Returns mean NLL and auxiliary loss over the batches of all processes, ``[2]``."""
+        """Returns the mean `LOSSES` over the batches of all processes, ``[3]``."""
         optim = self.config.optim
         factor = learning_rate_factor(self.step, optim)
         for optimiser in self.optimisers:
@@ -341,12 +347,12 @@ class Trainer:
         return raw.float().unflatten(0, batch.camera_static.shape), logits
 
     def _loss(self, batch: Example) -> tuple[Tensor, Tensor]:
-        """What this process descends, and the mean NLL (nats) and auxiliary loss of all, ``[2]``.
+        """What this process descends, and the mean `LOSSES` of all, ``[3]``.
 
         Every supervised point of the whole batch weighs the same, in whichever process it is.
         """
         raw, logits = self._forward(self.forward, batch)
-        parts = motion_loss(raw, batch, self.config), segment_loss(logits, batch.segment_body)
+        parts = *motion_loss(raw, batch, self.config), segment_loss(logits, batch.segment_body)
         sums, counts = (torch.stack(x) for x in zip(*parts, strict=True))
         all_sums, all_counts = self.fabric.all_reduce(
             torch.stack([sums.detach(), counts]), reduce_op="sum"

@@ -24,7 +24,7 @@ from training.data import Example, ExampleDataset, Shards, load_batches
 from training.evaluation.report import Shown, contact_sheet
 from training.evaluation.scenes import Scene, scenes
 from training.evaluation.suite import Suite
-from training.losses import Terms, robust, segment_loss
+from training.losses import Terms, energy_score, robust, segment_loss
 from training.tracks import TrackShards
 
 log = logging.getLogger("training")
@@ -39,6 +39,7 @@ GRID = 32  # cells of each side of a scene
 
 _COUNTS = (0, 1, 2, 5, 10, 100)  # of pokes that are reported, where a run has too many counts
 _MAX_COUNTS = 16
+_OF_MOTION = ("robust_nll", "energy", "epe", "no_motion_epe")
 
 
 def reported_counts(visible_pokes: Iterable[int]) -> list[int]:
@@ -84,7 +85,7 @@ class Validation:
         """Means over all examples of all processes; each must call it, with the same model."""
         names = ["segments"]
         for count in self.counts:
-            names += [f"{name}/{count}_pokes" for name in ("robust_nll", "epe", "no_motion_epe")]
+            names += [f"{name}/{count}_pokes" for name in _OF_MOTION]
         totals = torch.zeros(len(names), 2, dtype=torch.float64, device=self.fabric.device)
         for batch in self.batches:
             terms = self._terms(forward, self.fabric.to_device(batch))
@@ -101,6 +102,7 @@ class Validation:
         mean = (log_weights.exp()[..., None] * means).sum(-2)
         values = {
             "robust_nll": nll,
+            "energy": energy_score(raw, true, self.config.model),
             "epe": (mean - true)[..., :2].norm(dim=-1),  # in the image alone
             "no_motion_epe": true[..., :2].norm(dim=-1),
         }
