@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -43,6 +44,7 @@ from std_msgs.msg import Header
 
 from fpt_model import FlowPredictor
 from fpt_msgs.msg import ModelInfo, PokeArray, QueryArray
+from fpt_ros.history import stamp_ns
 from fpt_ros.inbox import Batch, Request
 from fpt_ros.messages import pokes_to_msg
 from fpt_ros.monitor import Monitor
@@ -50,13 +52,15 @@ from fpt_ros.names import full_name, type_name
 from fpt_ros.outputs import Outputs
 from fpt_ros.parameters import FPT_PARAMETERS, Spec
 from fpt_ros.pokes import Pokes
+from fpt_ros.scene_outputs import SceneOutputs
 from fpt_ros.worker import IMAGE_WAIT_S, Worker
 
 PARAMETERS: tuple[Spec, ...] = tuple(
     spec
     for spec in FPT_PARAMETERS
     if not (spec.read_only or spec.fixed) or spec.name in ("image_history", "scene_history")
-    if spec.name not in ("max_age_ms", "stuck_after_s")  # there is nothing to be late for
+    # there is nothing to be late or to wait for, and no tf2
+    if spec.name not in ("max_age_ms", "stuck_after_s", "depth_wait_ms", "target_frame")
 )
 """The node's parameters that mean something here."""
 
@@ -65,6 +69,7 @@ INPUT_TYPES: dict[str, tuple[type, ...]] = {
     "pokes": (PokeArray,),
     "queries": (QueryArray,),
     "camera_info": (CameraInfo,),
+    "depth": (Image,),
 }
 """The types of the node's inputs, by name."""
 
@@ -83,7 +88,8 @@ class Report:
         images: that were read.
         written: messages, by topic.
         errors: how often, by kind: "malformed" (the bytes are no such message), "image", "pokes",
-            "queries" (refused, as the node refuses them), "standing" (they do not fit an image).
+            "queries" (refused, as the node refuses them), "standing" (they do not fit an image),
+            "depth" (an image has none, or unusable one, and was answered without).
         first: what was wrong at the first of each kind.
     """
 
@@ -180,15 +186,19 @@ def read(
     bag: Reader,
     connections: Mapping[str, Sequence[Connection]],
     types: Mapping[str, tuple[type, ...]],
+    start: int | None = None,
+    stop: int | None = None,
 ) -> Iterator[Recorded]:
     """The messages of ``connections``, as :func:`find_topics` gives them, in recorded order.
+
+    ``start`` and ``stop`` are recording times in ns, the second exclusive.
 
     Raises:
         BagError: the bag is damaged.
     """
     names = {c.id: name for name, those in connections.items() for c in those}
     classes = {type_name(t): t for name in connections for t in types[name]}
-    messages = bag.messages([c for those in connections.values() for c in those])
+    messages = bag.messages([c for those in connections.values() for c in those], start, stop)
     while True:
         try:
             connection, ns, data = next(messages)
@@ -239,12 +249,16 @@ def process_bag(
     report, first = Report(), _FirstErrors()
     monitor = Monitor(first, lambda name, duration_ms: None)
     parameters: dict[str, Any] = {spec.name: spec.default for spec in FPT_PARAMETERS}
-    parameters |= {"max_age_ms": 0.0, **(values or {})}
+    parameters |= {"max_age_ms": 0.0, "depth_wait_ms": 0.0, **(values or {})}
     messages = Outputs(predictor.config, lambda: parameters["marker_lifetime_s"], monitor.stage)
-    names = list(messages.table) if outputs is None else list(outputs)
-    unknown = [name for name in names if name not in messages.table]
+    depths = None
+    if predictor.config.flow_dim == 3 and inputs.get("depth"):
+        depths = _Depths(bag, inputs["depth"])
+    table = messages.table | (SceneOutputs().table if depths else {})
+    names = list(table) if outputs is None else list(outputs)
+    unknown = [name for name in names if name not in table]
     if unknown:
-        raise BagError(f"expected outputs of {[*messages.table]}, received {unknown[0]!r}")
+        raise BagError(f"expected outputs of {[*table]}, received {unknown[0]!r}")
 
     clock = _Clock(bag.start_time if bag.message_count else 0)
     with _writing(out) as writer:
@@ -266,21 +280,21 @@ def process_bag(
         recorder("info", ModelInfo, latched=True).publish(messages.model_info())
         worker = Worker(
             predictor,
-            [
-                (recorder(name, messages.table[name][0]), messages.table[name][1])
-                for name in dict.fromkeys(names)
-            ],
+            [(recorder(name, table[name][0]), table[name][1]) for name in dict.fromkeys(names)],
             parameters.__getitem__,
             monitor,
             clock,
             first,
             lambda: True,
             now_s=clock.seconds,
+            camera_info=lambda: messages.camera_info,
+            with_depth=depths is not None,
         )
 
         def process(image: Image | CompressedImage | None = None, *requests: Request) -> None:
             images = [] if image is None else [image]
-            worker.process(Batch(images, superseded=0, requests=[*requests], woken=False))
+            near = depths.nearest(image.header) if depths and image is not None else []
+            worker.process(Batch(images, 0, [*requests], woken=False, depths=near))
 
         if pokes is not None:
             msg = pokes_to_msg(pokes, Header())
@@ -297,7 +311,7 @@ def process_bag(
                 process(msg)
             elif name == "camera_info":
                 messages.camera_info = msg
-            else:
+            elif name != "depth":  # which its image takes, whenever it was recorded
                 process(None, Request(name, msg, arrived_s=clock.seconds()))
             advance()
         clock.ns += int(2e9 * IMAGE_WAIT_S)
@@ -306,6 +320,33 @@ def process_bag(
     report.errors = {kind.removeprefix("errors: "): n for kind, n in sorted(counts.items())}
     report.first = first.texts
     return report
+
+
+class _Depths:
+    """Finds the depth image whose stamp is nearest to that of an image.
+
+    A camera's depth may be recorded before its image or after it.
+    """
+
+    def __init__(self, bag: Reader, connections: Sequence[Connection]) -> None:
+        self._bag, self._connections = bag, connections
+        self._times = sorted(
+            (stamp_ns(m.msg.header), m.ns) for m in self._read() if m.msg is not None
+        )  # stamped, recorded
+
+    def nearest(self, header: Header) -> list[Image]:
+        """It alone; nothing where the bag has no depth."""
+        wanted = stamp_ns(header)
+        after = bisect_left(self._times, (wanted, 0))
+        near = self._times[max(0, after - 1) : after + 1]
+        if not near:
+            return []
+        stamp, recorded = min(near, key=lambda times: abs(times[0] - wanted))
+        found = (m.msg for m in self._read(recorded, recorded + 1) if m.msg is not None)
+        return [msg for msg in found if stamp_ns(msg.header) == stamp][:1]
+
+    def _read(self, start: int | None = None, stop: int | None = None) -> Iterator[Recorded]:
+        return read(self._bag, {"depth": self._connections}, INPUT_TYPES, start, stop)
 
 
 class _Clock:

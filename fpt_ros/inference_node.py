@@ -55,7 +55,7 @@ from fpt_ros.monitor import TIMES, Monitor
 from fpt_ros.outputs import Outputs
 from fpt_ros.parameters import FPT_PARAMETERS, declare_parameters
 from fpt_ros.pokes import RequestError
-from fpt_ros.scene_outputs import SceneOutputs
+from fpt_ros.scene_outputs import Frames, SceneOutputs
 from fpt_ros.services import ACTION, SERVICES
 from fpt_ros.worker import Output, Worker
 
@@ -343,7 +343,9 @@ class FptNode(LifecycleNode):
         )
         outputs = self._messages.table
         if self._with_depth:
-            self._scene = SceneOutputs(self, self._monitor, lambda: self._value("target_frame"))
+            self._scene = SceneOutputs(
+                Frames(self, self._monitor), lambda: self._value("target_frame")
+            )
             outputs = outputs | self._scene.table
         for name, (msg_type, build) in outputs.items():
             qos = _MARKER_QOS if msg_type is MarkerArray else _OUTPUT_QOS

@@ -124,14 +124,15 @@ class SceneOutputs:
     """Makes these outputs of an answer; None while it has no depth.
 
     Args:
+        frames: None: all stays in the optical frame.
         target_frame: the present value of the parameter of that name.
 
     Attributes:
         table: type and builder of each output, by its name below the node's.
     """
 
-    def __init__(self, node: Node, monitor: Monitor, target_frame: Callable[[], str]) -> None:
-        self._frames, self._target_frame = Frames(node, monitor), target_frame
+    def __init__(self, frames: Frames | None = None, target_frame: Callable[[], str] = str) -> None:
+        self._frames, self._target_frame = frames, target_frame
         self.table: dict[str, tuple[type, Callable[[Answer, Header], Any]]] = {
             "points": (PointCloud2, self._points),
             "occlusion": (Image, self._occlusion),
@@ -139,13 +140,14 @@ class SceneOutputs:
 
     def close(self) -> None:
         """Let go of what was created on the node."""
-        self._frames.close()
+        if self._frames is not None:
+            self._frames.close()
 
     def _points(self, answer: Answer, header: Header) -> PointCloud2 | None:
         if answer.view.depth is None:
             return None
         scene, target = answer.scene_flow, self._target_frame()
-        if target and target != header.frame_id:
+        if self._frames is not None and target and target != header.frame_id:
             change = self._frames.to(target, header)
             if change is not None:
                 scene, header = change.apply(scene), Header(stamp=header.stamp, frame_id=target)

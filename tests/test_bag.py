@@ -17,15 +17,16 @@ import pytest
 from ament_index_python.packages import get_package_share_directory
 from builtin_interfaces.msg import Time as Stamp
 from node_harness import ROOT, Client, Process, python_module, save_small_model, wait_until
-from node_user import DENSE, NO_POKES, OTHER_POKE, POKE, QUERIES, SETTINGS, picture
+from node_user import DENSE, HEIGHT, NO_POKES, OTHER_POKE, POKE, QUERIES, SETTINGS, WIDTH, picture
 from rclpy.serialization import deserialize_message, serialize_message
 from rosbags.interfaces import Qos, QosDurability
 from rosbags.rosbag2 import CompressionFormat, CompressionMode, Reader, StoragePlugin, Writer
-from sensor_msgs.msg import CameraInfo, CompressedImage, Image
+from sensor_msgs.msg import CameraInfo, CompressedImage, Image, PointCloud2
 from std_msgs.msg import Header, String
 from visualization_msgs.msg import Marker, MarkerArray
 
 from fpt_model import FlowPredictor, load_model
+from fpt_model.depth import Depth, Intrinsics
 from fpt_msgs.msg import FlowDistribution, ModelInfo, PokeArray
 from fpt_ros.bag import BagError, find_inputs, message_types, open_bag
 from fpt_ros.cli import main
@@ -37,6 +38,7 @@ from fpt_ros.names import full_name, type_name
 from fpt_ros.outputs import Outputs
 from fpt_ros.pipeline import Answer, View
 from fpt_ros.pokes import Pokes
+from fpt_ros.scene_outputs import FIELDS
 
 START_S, PERIOD_S = 1000, 0.25
 SMALL = [
@@ -270,6 +272,68 @@ def test_a_poke_of_the_command_line_and_intrinsics(run, model: Path, tmp_path: P
     start, end = poke.points
     got = [start.x, start.y, end.x - start.x, end.y - start.y]
     np.testing.assert_allclose(got, np.array([20 - 31.5, 10 - 23.5, 9, -4]) / 32)
+
+
+def test_an_image_takes_its_depth_whenever_that_was_recorded(run, tmp_path: Path) -> None:
+    model = save_small_model(tmp_path / "fpt-test-3d.safetensors", flow_dim=3)
+    camera = Intrinsics(60.0, 62.0, 31.0, 24.5)
+    info = CameraInfo(header=header(None), height=HEIGHT, width=WIDTH)
+    info.p[0], info.p[5], info.p[2], info.p[6], info.p[10] = 60.0, 62.0, 31.0, 24.5, 1.0
+
+    def metres(i: int) -> np.ndarray:
+        return np.linspace(1 + i, 2 + i, HEIGHT * WIDTH, dtype=np.float32).reshape(HEIGHT, WIDTH)
+
+    def depth(i: int, late_s: float = 0.0) -> Image:
+        return array_to_image(metres(i), "32FC1", header(i + late_s))
+
+    entries = [
+        Entry(0.0, "/camera_info", info),
+        Entry(0.0, "/pokes", pokes_to_msg(POKE, header(None))),
+        Entry(0.1, "/image", image(0, 0)),
+        Entry(0.2, "/depth", depth(0, 0.01)),  # after its image
+        Entry(0.9, "/depth", depth(1, -0.01)),  # before it
+        Entry(1.1, "/image", image(1, 1)),
+        Entry(1.2, "/depth", serialize_message(depth(1))[:99], "sensor_msgs/msg/Image"),
+        Entry(2.1, "/image", image(2, 2)),  # has none
+        Entry(4.0, "/image", image(3, 3)),
+        Entry(5.0, "/depth", depth(3)),  # after a later image than its own
+    ]
+    out = tmp_path / "out.mcap"
+    code, stdout, stderr = run(
+        write_bag(tmp_path / "in", entries), "--out", out, "--model", model, *SMALL,
+        *("--output", "points", "--output", "occlusion", "--output", "mask", "--copy-inputs"),
+    )  # fmt: skip
+    assert code == 0, stderr
+    messages = read_bag(out)
+    assert sorted(m for m in messages if not m[0].startswith("/fpt/")) == sorted(
+        read_bag(tmp_path / "in")
+    )
+    masks = of_topic(messages, "/fpt/mask", Image)
+    assert [stamp_ns(m.header) for m in masks] == [ns(i) for i in range(4)]
+    clouds = of_topic(messages, "/fpt/points", PointCloud2)
+    assert [stamp_ns(m.header) for m in clouds] == [ns(0), ns(1), ns(3)]
+    assert len(of_topic(messages, "/fpt/occlusion", Image)) == 3
+    predictor = FlowPredictor(load_model(model))
+    for i, cloud in zip((0, 1, 3), clouds, strict=True):
+        view = View(picture(i), predictor.encode(picture(i)), Depth(metres(i), camera))
+        expected = Answer(predictor, view, POKE, None, SETTINGS).scene_flow
+        found = np.frombuffer(cloud.data, np.float32).reshape(-1, len(FIELDS))
+        np.testing.assert_allclose(found[:, :3], expected.points, rtol=1e-5)
+        np.testing.assert_allclose(found[:, 3:6], expected.flow, atol=1e-4)
+    assert "refused, depth: 1; the first: no depth within 20 ms of the image's stamp" in stdout
+    assert "refused, malformed: 1" in stdout
+
+
+def test_depth_needs_a_model_that_takes_it(run, model: Path, tmp_path: Path) -> None:
+    entries = [
+        Entry(0.0, "/image", image(0, 0)),
+        Entry(0.0, "/d", array_to_image(np.ones((48, 64), np.float32), "32FC1", header(0))),
+    ]
+    source, out = write_bag(tmp_path / "in", entries), tmp_path / "out.mcap"
+    code, _, stderr = run(source, "--out", out, "--model", model, "--depth", "/d")
+    assert code == 2
+    assert "--depth needs a three-dimensional model, received fpt-test" in stderr
+    assert not out.exists()
 
 
 def test_what_cannot_be_read_is_counted_and_the_rest_answered(

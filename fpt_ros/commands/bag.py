@@ -49,7 +49,15 @@ def bag(
         str | None,
         typer.Option(
             metavar="TOPIC",
-            help="Intrinsics, for the markers alone; camera_info if there.",
+            help="Intrinsics, for markers and depth; camera_info if there.",
+            show_default=False,
+        ),
+    ] = None,
+    depth: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TOPIC",
+            help="Registered depth, for a three-dimensional model; depth if there.",
             show_default=False,
         ),
     ] = None,
@@ -100,12 +108,22 @@ def bag(
         raise UserError(
             f"bags need ROS 2 with fpt_msgs, and rosbags (pip install rosbags): {error}"
         ) from error
-    topics = {"image": image, "pokes": pokes, "queries": queries, "camera_info": camera_info}
+    topics = {
+        "image": image,
+        "pokes": pokes,
+        "queries": queries,
+        "camera_info": camera_info,
+        "depth": depth,
+    }
     values = _values(param or [])
     try:
         with bags.open_bag(source) as opened:
             inputs = bags.find_inputs(opened, topics, namespace)
             predictor = load_predictor(model, backend, precision, graphs, providers, device)
+            if depth and predictor.config.flow_dim != 3:
+                raise UserError(
+                    f"--depth needs a three-dimensional model, received {predictor.config.name}"
+                )
             total = sum(c.msgcount for connections in inputs.values() for c in connections)
             with progress_bar("answering", "messages") as progress:
                 task = progress.add_task("", total=total)
