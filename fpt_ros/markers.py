@@ -11,6 +11,7 @@ from __future__ import annotations
 from contextlib import suppress
 from dataclasses import dataclass
 
+import cv2
 import numpy as np
 from geometry_msgs.msg import Point, Pose, Quaternion, Vector3
 from numpy.typing import ArrayLike, NDArray
@@ -188,6 +189,44 @@ def poke_arrow(
 ) -> Marker:
     """The arrow of a poke at ``start [2]`` px by ``flow [2]`` px, without header and lifetime."""
     return _arrow(ns, number, plane, start, start + flow, POKE_COLOUR, opacity)
+
+
+def motion_in_space_markers(
+    start: NDArray[np.float64], motion: NDArray[np.float64], covariance: NDArray[np.float64]
+) -> list[Marker]:
+    """Namespace ``motion``: an arrow by ``motion [3]`` from ``start [3]``, m in the optical frame,
+    and at its end the ellipsoid of ELLIPSE_SIGMAS standard deviations of its ``covariance``."""
+    tip = start + motion
+    length = float(np.linalg.norm(motion))
+    variances, axes = np.linalg.eigh(covariance)
+    axes[:, 0] *= np.sign(np.linalg.det(axes))  # a rotation, not a mirroring
+    diameters = 2 * ELLIPSE_SIGMAS * np.sqrt(np.maximum(variances, _FLAT_M**2))
+    rotation, _ = cv2.Rodrigues(axes)  # its axis, as long as its angle
+    half = float(np.linalg.norm(rotation)) / 2
+    x, y, z = (rotation[:, 0] * np.sinc(half / np.pi) / 2).tolist()
+    return [
+        Marker(
+            ns="motion",
+            id=0,
+            type=Marker.ARROW,
+            points=[_point(start), _point(tip)],
+            scale=Vector3(x=0.05 * length, y=0.1 * length, z=0.2 * length),
+            color=_colour(MODE_COLOUR, 1.0),
+        ),
+        Marker(
+            ns="motion",
+            id=1,
+            type=Marker.SPHERE,
+            pose=Pose(position=_point(tip), orientation=Quaternion(x=x, y=y, z=z, w=np.cos(half))),
+            scale=Vector3(x=diameters[0], y=diameters[1], z=diameters[2]),
+            color=_colour(MODE_COLOUR, _ELLIPSE_OPACITY),
+        ),
+    ]
+
+
+def _point(xyz: NDArray[np.float64]) -> Point:
+    x, y, z = xyz.tolist()
+    return Point(x=x, y=y, z=z)
 
 
 def _arrow(

@@ -5,18 +5,23 @@ Everything is in px of the image. What predicts may be anywhere: :func:`plan` an
 are generators that yield what they want predicted and are sent the predictions, so that a node
 waits for a service meanwhile, where a program calls its own predictor
 (:func:`fpt_ros.pipeline.answer_asks`). docs/planner.md says how the scores are meant.
+
+Where a goal is one in space, motions have a third component: in px, too, those that an equally long
+motion across the optical axis has in the image. So one tolerance serves all three.
 """
 
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fpt_model.geometry import grid, normalised_to_pixels
+from fpt_model.depth import Depth
+from fpt_model.geometry import grid, normalised_to_pixels, pixels_to_normalised
 from fpt_model.mixture import FlowMixture
+from fpt_model.scene_flow import displacement, displacement_covariance
 from fpt_ros.pokes import Pokes, RequestError, Size, check_inside
 
 Array = NDArray[np.float64]
@@ -29,6 +34,8 @@ _PUSH = 4.0  # tolerances, the length of such a push
 _OFF_PART = 0.1  # how seldom positions off the part are tried, compared with those on it
 _CHECKS = 128  # draws behind a plausibility
 _ENTROPY_DRAWS = 128  # behind an entropy, many of which are averaged
+_NEARER = 0.03  # relative difference of depth by which one thing is in front of another
+_ON_THE_WAY = 8  # points of a poke's way at which something may be in front
 
 
 @dataclass(frozen=True)
@@ -37,7 +44,8 @@ class Goal:
 
     Attributes:
         point: ``[2]``, on the part that is to move.
-        motion: ``[D]``, where the point is to go from there; None: wherever its part goes.
+        motion: ``[2]``, where the point is to go from there, or ``[3]``, in space as
+            :func:`motion_in_space` has it; None: wherever its part goes.
         tolerance: a point that ends this near to where it should be is there; a point that moves
             less than this stays.
         keep: ``[M, 2]``, points that must stay.
@@ -119,6 +127,9 @@ class Plan:
             share of it, and its standard deviation; without a motion: in px, along where it goes;
             exploring: 0.
         information: expected to be told about the motion of the other points, nats a point.
+        motion: ``[B, 3]``, expected displacement of the goal's point in space, m, optical frame;
+            NaN without depth.
+        motion_covariance: ``[B, 3, 3]``, its covariance, m^2, to first order.
     """
 
     pokes: Pokes
@@ -129,6 +140,8 @@ class Plan:
     progress: Array
     progress_std: Array
     information: Array
+    motion: Array
+    motion_covariance: Array
 
     def __len__(self) -> int:
         return len(self.pokes)
@@ -142,13 +155,14 @@ class Plan:
         return self._at(np.argsort(-self.score, kind="stable"))
 
     def _at(self, rows: NDArray[np.intp]) -> Plan:
-        pokes = Pokes(self.pokes.xy[rows], self.pokes.flow[rows])
-        scores = {f.name: getattr(self, f.name)[rows] for f in fields(self) if f.name != "pokes"}
-        return replace(self, pokes=pokes, **scores)
+        return Plan(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
 
 
 Steps = Generator[Ask, Sequence[FlowMixture], Plan]
-"""Yields asks, is sent a mixture ``[Q]`` for each hypothesis, px; returns the plan."""
+"""Yields asks, is sent a mixture ``[Q]`` for each hypothesis, px; returns the plan.
+
+In space the mixtures have a third component, m away from the camera, NaN where no depth is known.
+"""
 
 
 def default_tolerance(motion: Array | None, size: Size) -> float:
@@ -157,44 +171,71 @@ def default_tolerance(motion: Array | None, size: Size) -> float:
     return float(of_side * max(size) if motion is None else of_motion * np.linalg.norm(motion))
 
 
-def plan(goal: Goal, size: Size, search: Search) -> Steps:
+def motion_in_space(point: Array, motion: Array, dz: float, depth: Depth) -> Array:
+    """``[3]`` px: a motion ``[2]`` in px, and ``dz`` m away from the camera, of a ``point [2]``.
+
+    Raises:
+        RequestError: no depth is known there.
+    """
+    (scale,) = _px_per_metre(point[None], depth)
+    if np.isnan(scale):
+        raise RequestError(
+            f"a goal in space needs the depth of its point, but none is known at x={point[0]:g}, "
+            f"y={point[1]:g} px"
+        )
+    return np.append(motion, dz * scale)
+
+
+def plan(goal: Goal, size: Size, search: Search, depth: Depth | None = None) -> Steps:
     """The pokes that reach a goal in an image of ``size``.
 
     Positions are drawn where the goal would make things move, motions from what the model expects
     there, and each poke is then asked about: does it bring the goal about?
 
+    Args:
+        depth: the image's; a goal in space needs it. With depth no poke begins where there is no
+            surface, nor goes behind something that does not move along.
+
     Raises:
-        RequestError: the goal's point or one to keep lies outside, or no poke is possible.
+        RequestError: the goal's point or one to keep lies outside, no poke is possible, or the goal
+            is one in space and what predicts has no depth.
     """
     check_inside("goal", goal.point[None], size)
     check_inside("point to keep", goal.keep, size)
     rng = np.random.default_rng(search.seed)
     cells = _Cells(size, search.cells)
+    space = _Space(2 if goal.motion is None else len(goal.motion), depth)
+    surface = space.surface(cells.xy)
 
-    pushes = _pushes(goal)
+    pushes = _pushes(goal)  # [H, D]
     here = cells.nearest(goal.point)
-    answers = yield Ask([Pokes(), *pushes], cells.xy)
-    none, given = answers[0], _stack(answers[1:])  # [G], [H, G]
+    pushed = _each(space.pokes(np.tile(goal.point, (len(pushes), 1)), pushes))
+    answers = yield Ask([Pokes(), *pushed], cells.xy)
+    # [G], [H, G]; a goal in space: NaN where there is no surface
+    none, given = space.motion(answers[0], cells.xy), space.motion(_stack(answers[1:]), cells.xy)
     likely = np.ones(len(pushes))
     if goal.motion is None:
-        flow = np.concatenate([push.flow for push in pushes])
-        likely = _alike(none[np.full(len(pushes), here)], flow, goal.tolerance)
+        likely = _alike(none[np.full(len(pushes), here)], pushes, goal.tolerance)
     likely = likely / likely.sum() if likely.sum() > 0 else np.full(len(pushes), 1 / len(pushes))
     part = likely @ (given.kl(none[None]) > search.kl_threshold) >= 0.5  # [G]
     still = np.zeros(none.dims)
     moves = likely @ (1 - given.probability_within(still, goal.tolerance, _CHECKS))
     part[here] = True
 
-    allowed = _allowed(cells.xy, goal.keep_out)
-    weight = allowed * cells.smooth(moves * np.where(part, 1.0, _OFF_PART))
+    allowed = _allowed(cells.xy, goal.keep_out) & surface
+    weight = allowed * cells.smooth(np.where(surface, moves, 0) * np.where(part, 1.0, _OFF_PART))
     places = _draw(weight, search.positions, rng)
     at = np.repeat(places, search.motions)
     motions = []
     for place in places:
-        pushed = rng.choice(len(pushes), search.motions, p=likely)
-        motions.append(_motions(goal, none[place], given[pushed, place], rng))
+        drawn = rng.choice(len(pushes), search.motions, p=likely)
+        motions.append(_motions(goal, none[place], given[drawn, place], rng))
     at, flow = _limit(at, np.concatenate(motions), search)
-    pokes = Pokes(cells.xy[at], flow)
+    pokes = space.pokes(cells.xy[at], flow)
+    hidden = space.goes_behind(pokes, cells, part)
+    if hidden.all():
+        raise RequestError(f"all of {len(pokes)} pokes would go behind something nearer")
+    at, flow, pokes = at[~hidden], flow[~hidden], pokes[~hidden]
 
     crowd = cells.xy[rng.permutation(np.flatnonzero(part))[: search.part_points]]
     points = crowd if goal.motion is None else np.zeros((0, 2))
@@ -202,9 +243,10 @@ def plan(goal: Goal, size: Size, search: Search) -> Steps:
     answers = yield Ask(_each(pokes), queries)
     predicted = _stack(answers)  # [B, Q]
 
-    stays = predicted[:, 1:].probability_within(still, goal.tolerance)
+    # in the image: what must stay may have no depth
+    stays = predicted[:, 1:].marginal(2).probability_within(np.zeros(2), goal.tolerance)
     moved, kept = 1 - stays[:, : len(points)], stays[:, len(points) :]
-    target = predicted[:, 0]
+    target = space.motion(predicted[:, 0], goal.point)
     if goal.motion is None:
         success = moved.mean(1)
         plausibility = _alike(none[at], flow, goal.tolerance)
@@ -229,6 +271,7 @@ def plan(goal: Goal, size: Size, search: Search) -> Steps:
         progress=np.sum(target.mean() * way, -1) / unit,
         progress_std=np.sqrt(variance) / unit,
         information=np.zeros(len(flow)),
+        **space.report(predicted[:, 0], goal.point),
     ).ranked()
 
 
@@ -282,6 +325,7 @@ def explore(size: Size, search: Search, tolerance: float, keep_out: Array | None
         progress=zero,
         progress_std=zero,
         information=information,
+        **_Space(2, None).report(answers[0][np.zeros(len(places), np.intp)], np.zeros(2)),
     ).ranked()
 
 
@@ -289,7 +333,7 @@ class _Cells:
     """The cells of a grid over the image: ``xy [G, 2]``, their centres in px, row by row."""
 
     def __init__(self, size: Size, shape: tuple[int, int]) -> None:
-        self.shape = shape
+        self.shape, self._size = shape, size
         self.xy = normalised_to_pixels(grid(shape), size)
         rows, columns = np.divmod(np.arange(len(self.xy)), shape[1])
         step = np.array([-1, 0, 1])
@@ -302,9 +346,85 @@ class _Cells:
         """A field ``[G]`` averaged over each cell and its neighbours."""
         return field[self._around].mean(1)
 
+    def containing(self, xy: Array) -> NDArray[np.intp]:
+        """The cells that positions ``[N, 2]`` lie in, outside the image the nearest of its edge."""
+        inside = np.nan_to_num(pixels_to_normalised(xy, self._size))
+        cell = np.floor(inside * self.shape[::-1]).astype(np.intp)
+        column, row = np.clip(cell, 0, np.array(self.shape[::-1]) - 1).T
+        return np.asarray(row * self.shape[1] + column)
+
     def nearest(self, point: Array) -> int:
         """The cell whose centre is next to a point."""
         return int(np.argmin(np.sum(np.square(self.xy - point), -1)))
+
+
+class _Space:
+    """Motions of ``dims`` components as the planning has them, and as others do.
+
+    In the image alone (2) they are the same; in space the third is in px here, in m elsewhere.
+    """
+
+    def __init__(self, dims: int, depth: Depth | None) -> None:
+        self._dims, self._depth = dims, depth
+
+    def surface(self, xy: Array) -> NDArray[np.bool_]:
+        """Whether there is something to poke at ``xy [N, 2]``, as far as depth tells."""
+        return np.ones(len(xy), bool) if self._depth is None else np.isfinite(self._depth.at(xy))
+
+    def motion(self, mixture: FlowMixture, xy: Array) -> FlowMixture:
+        """A prediction ``[..., N]`` for ``xy [N, 2]``, or one point, as the planning has it."""
+        if self._dims == 2:
+            return mixture.marginal(2)
+        if mixture.dims == 2 or self._depth is None:
+            raise RequestError("a goal in space needs predictions in space, received planar ones")
+        return mixture.scaled_last(np.broadcast_to(_px_per_metre(xy, self._depth), mixture.shape))
+
+    def pokes(self, xy: Array, flow: Array) -> Pokes:
+        """Pokes with motions of the planning's."""
+        if self._dims == 2 or self._depth is None:
+            return Pokes(xy, flow)
+        return Pokes(xy, flow[:, :2], flow[:, 2] / _px_per_metre(xy, self._depth))
+
+    def goes_behind(
+        self, pokes: Pokes, cells: _Cells, part: NDArray[np.bool_]
+    ) -> NDArray[np.bool_]:
+        """Which pokes ``[N]`` lead their point behind what is seen in front of it.
+
+        The cells of ``part [G]`` move along. A poke whose motion in depth is unknown stays at its
+        depth.
+        """
+        hidden = np.zeros(len(pokes), bool)
+        if self._depth is None:
+            return hidden
+        camera, z = self._depth.intrinsics, self._depth.at(pokes.xy)
+        start = camera.unproject(pokes.xy, z)
+        end = camera.unproject(pokes.xy + pokes.flow, z + np.nan_to_num(pokes.dz))
+        for share in np.arange(1, _ON_THE_WAY + 1) / _ON_THE_WAY:
+            point = start + share * (end - start)
+            at = camera.project(point)  # NaN behind the camera: nothing is in front there
+            in_front = self._depth.at(at) < (1 - _NEARER) * point[:, 2]
+            hidden |= in_front & ~part[cells.containing(at)]
+        return hidden
+
+    def report(self, mixture: FlowMixture, point: Array) -> dict[str, Array]:
+        """``motion [B, 3]`` and ``motion_covariance`` in m of predictions ``[B]`` for a point."""
+        b = len(mixture)
+        if self._depth is None or mixture.dims == 2:
+            unknown = np.full((b, 3), np.nan)
+            return {"motion": unknown, "motion_covariance": np.full((b, 3, 3), np.nan)}
+        z, camera = self._depth.at(point), self._depth.intrinsics
+        relative = mixture.scaled_last(np.full(b, 1 / z))
+        mean = relative.mean()
+        covariance = relative.covariance()
+        return {
+            "motion": displacement(point, z, mean, camera),
+            "motion_covariance": displacement_covariance(point, z, mean, covariance, camera),
+        }
+
+
+def _px_per_metre(xy: Array, depth: Depth) -> Array:
+    """``[...]``: how many px a motion of 1 m at ``xy [..., 2]`` has across the optical axis."""
+    return np.asarray(depth.intrinsics.focal.mean() / depth.at(xy))
 
 
 def _check_tolerance(tolerance: float) -> None:
@@ -322,16 +442,15 @@ def _stack(mixtures: Sequence[FlowMixture]) -> FlowMixture:
 
 def _each(pokes: Pokes) -> list[Pokes]:
     """Pokes as hypotheses of one poke each."""
-    return [Pokes(xy[None], flow[None]) for xy, flow in zip(pokes.xy, pokes.flow, strict=True)]
+    return [pokes[i : i + 1] for i in range(len(pokes))]
 
 
-def _pushes(goal: Goal) -> list[Pokes]:
-    """Pokes of the goal's own point that show what moves along with it."""
+def _pushes(goal: Goal) -> Array:
+    """Motions ``[H, D]`` of the goal's own point that show what moves along with it."""
     if goal.motion is not None:
-        return [Pokes(goal.point[None], goal.motion[None])]
+        return goal.motion[None]
     angles = np.arange(_DIRECTIONS) * 2 * np.pi / _DIRECTIONS
-    motions = _PUSH * goal.tolerance * np.stack([np.cos(angles), np.sin(angles)], -1)
-    return [Pokes(goal.point[None], motion[None]) for motion in motions]
+    return _PUSH * goal.tolerance * np.stack([np.cos(angles), np.sin(angles)], -1)
 
 
 def _alike(mixture: FlowMixture, flow: Array, tolerance: float) -> Array:

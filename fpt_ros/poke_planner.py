@@ -23,18 +23,30 @@ from rclpy.clock_type import ClockType
 from rclpy.node import Node
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
 from rclpy.task import Future
-from sensor_msgs.msg import CameraInfo
+from sensor_msgs.msg import CameraInfo, Image
 from std_msgs.msg import Header
 from visualization_msgs.msg import MarkerArray
 
+from fpt_model.depth import Depth, DepthError
 from fpt_model.mixture import FlowMixture
-from fpt_msgs.msg import ModelInfo, Poke, PokeArray, RankedPoke
+from fpt_msgs.msg import ModelInfo, PokeArray, RankedPoke
 from fpt_msgs.srv import EvaluatePokes, PlanPoke, PredictFlow
+from fpt_ros.depth import DepthHistory, read_depth
 from fpt_ros.images import flat_array
-from fpt_ros.markers import Display, Plane, poke_arrow
+from fpt_ros.markers import Display, Plane, motion_in_space_markers, poke_arrow
 from fpt_ros.messages import distribution_from_msg, pokes_to_msg, read_queries
-from fpt_ros.parameters import Spec, declare_parameters
-from fpt_ros.planning import Ask, Goal, Plan, Search, Steps, default_tolerance, explore, plan
+from fpt_ros.parameters import FPT_PARAMETERS, Spec, declare_parameters
+from fpt_ros.planning import (
+    Ask,
+    Goal,
+    Plan,
+    Search,
+    Steps,
+    default_tolerance,
+    explore,
+    motion_in_space,
+    plan,
+)
 from fpt_ros.pokes import Pokes, RequestError, Size
 from fpt_ros.spin import run
 
@@ -51,6 +63,7 @@ PARAMETERS = (
          64, 1000000),
     Spec("timeout_s", 10.0, "The FPT node is given up when it has not answered for this long, s.",
          0.1, 3600.0),
+    next(spec for spec in FPT_PARAMETERS if spec.name == "depth_slop_ms"),
     Spec("plan_lifetime_s", 10.0, "Time after which RViz removes the markers of a plan, s; "
          "0: never.", 0.0, 3600.0),
 )  # fmt: skip
@@ -58,6 +71,9 @@ PARAMETERS = (
 
 DISCOVERY_S = 2.0
 """The FPT node's services and model may be missing for this long."""
+
+_DEPTHS = 64
+"""Depth images kept: of the newest image, and of some before."""
 
 _LOOK_S = 0.1  # how often it is looked for them meanwhile
 _SENSOR_QOS = QoSProfile(depth=5, reliability=ReliabilityPolicy.BEST_EFFORT)
@@ -72,6 +88,7 @@ class PokePlanner(Node):
         declare_parameters(self, PARAMETERS)
         self._info: ModelInfo | None = None
         self._camera_info: CameraInfo | None = None
+        self._depths: DepthHistory | None = None  # None: the model has no use for depth
         self._display = Display()
         self._steady = Clock(clock_type=ClockType.STEADY_TIME)
         self._pokes = self.create_publisher(PokeArray, "pokes", 10)
@@ -90,6 +107,9 @@ class PokePlanner(Node):
 
     def _on_info(self, msg: ModelInfo) -> None:
         self._info = msg
+        if msg.dims == 3 and self._depths is None:
+            self._depths = DepthHistory(_DEPTHS)
+            self.create_subscription(Image, "depth", self._depths.add, _SENSOR_QOS)
 
     def _on_camera_info(self, msg: CameraInfo) -> None:
         self._camera_info = msg
@@ -103,7 +123,8 @@ class PokePlanner(Node):
         try:
             header, size = await self._look(request)
             await self._comes(lambda: self._info is not None)
-            chosen = await self._follow(self._steps(request, size), header)
+            depth = self._depth(request, header, size)
+            chosen = await self._follow(self._steps(request, size, depth), header)
         except RequestError as error:
             self.get_logger().warning(str(error))
             response.message = str(error)
@@ -111,7 +132,7 @@ class PokePlanner(Node):
         chosen = chosen.first(request.count or self._value("max_count"))
         response.success, response.header, response.pokes = True, header, ranked_pokes(chosen)
         if self._markers.get_subscription_count():
-            self._mark(chosen, header, size)
+            self._mark(chosen, header, size, depth, np.array([request.x, request.y]))
         if request.publish:
             # as the goal was meant: for the image it names, or for the newest and all after it
             self._pokes.publish(pokes_to_msg(chosen.first(1).pokes, request.header))
@@ -125,7 +146,24 @@ class PokePlanner(Node):
         found = (await self._call(self._predict, ask)).distribution
         return found.header, (found.image_height, found.image_width)
 
-    def _steps(self, request: PlanPoke.Request, size: Size) -> Steps:
+    def _depth(self, request: PlanPoke.Request, header: Header, size: Size) -> Depth | None:
+        """That of the image planned on; RequestError if a goal needs it and there is none."""
+        problem = "the FPT node's model is planar"
+        if self._depths is not None:
+            slop_ms = self._value("depth_slop_ms")
+            msg = self._depths.find(header, slop_ms)
+            problem = self._depths.describe(header, slop_ms)
+            if msg is not None:
+                try:
+                    return read_depth(msg, self._camera_info, header, size)
+                except DepthError as error:
+                    problem = str(error)
+                    self.get_logger().warning(f"planning without depth: {problem}")
+        if _in_space(request):
+            raise RequestError(f"a goal with dz={request.dz:g} m needs depth: {problem}")
+        return None
+
+    def _steps(self, request: PlanPoke.Request, size: Size, depth: Depth | None) -> Steps:
         """The planning that a request asks for; RequestError for one that makes no sense."""
         if self._info is None:
             raise RequestError("received no fpt/info yet, which says what the model can do")
@@ -143,20 +181,23 @@ class PokePlanner(Node):
             seed=request.seed,
         )
         moving = request.goal == PlanPoke.Request.MOVE
+        point = np.array([request.x, request.y], np.float64)
         motion = np.array([request.dx, request.dy], np.float64) if moving else None
+        if motion is not None and depth is not None and _in_space(request):
+            motion = motion_in_space(point, motion, request.dz, depth)
         tolerance = request.tolerance or default_tolerance(motion, size)
         discs = _rows("keep_out", request.keep_out, 3)
         if request.goal == PlanPoke.Request.EXPLORE:
             return explore(size, search, tolerance, discs)
         keep = read_queries(request.keep)
         goal = Goal(
-            point=np.array([request.x, request.y], np.float64),
+            point=point,
             motion=motion,
             tolerance=tolerance,
             keep=np.zeros((0, 2)) if keep is None else keep,
             keep_out=discs,
         )
-        return plan(goal, size, search)
+        return plan(goal, size, search, depth)
 
     async def _follow(self, steps: Steps, header: Header) -> Plan:
         """Have predicted what the planning asks for, until it has its plan."""
@@ -178,6 +219,7 @@ class PokePlanner(Node):
             together = Pokes(
                 np.concatenate([pokes.xy for pokes in part]),
                 np.concatenate([pokes.flow for pokes in part]),
+                np.concatenate([pokes.dz for pokes in part]),
             )
             request = EvaluatePokes.Request(
                 header=header,
@@ -186,8 +228,7 @@ class PokePlanner(Node):
                 queries=queries,
             )
             answer = await self._call(self._evaluate, request)
-            found = (distribution_from_msg(msg)[1] for msg in answer.distributions)
-            mixtures += [mixture.marginal(2) for mixture in found]  # plans are made in the image
+            mixtures += [distribution_from_msg(msg)[1] for msg in answer.distributions]
         return mixtures
 
     async def _call(self, client: Client, request: Any) -> Any:
@@ -228,8 +269,18 @@ class PokePlanner(Node):
                 self.destroy_timer(timer)
         return condition()
 
-    def _mark(self, chosen: Plan, header: Header, size: Size) -> None:
-        """An arrow for each poke, namespace "plan", id = rank; the best is opaque."""
+    def _mark(
+        self,
+        chosen: Plan,
+        header: Header,
+        size: Size,
+        depth: Depth | None,
+        point: NDArray[np.float64],
+    ) -> None:
+        """An arrow for each poke, namespace "plan", id = rank; the best is opaque.
+
+        With depth also how the goal's ``point [2]`` would move in space under the best.
+        """
         plane = Plane.of(self._camera_info, size)
         best = max(float(chosen.score[0]), 1e-9)
         opacity = np.clip(chosen.score / best, 0.1, 1.0)
@@ -237,15 +288,17 @@ class PokePlanner(Node):
             poke_arrow("plan", rank, plane, xy, flow, float(opacity[rank]))
             for rank, (xy, flow) in enumerate(zip(chosen.pokes.xy, chosen.pokes.flow, strict=True))
         ]
+        if depth is not None and np.isfinite(chosen.motion[0]).all():
+            start = depth.intrinsics.unproject(point, depth.at(point))
+            arrows += motion_in_space_markers(start, chosen.motion[0], chosen.motion_covariance[0])
         self._markers.publish(self._display.renew(arrows, header, self._value("plan_lifetime_s")))
 
 
 def ranked_pokes(chosen: Plan) -> list[RankedPoke]:
     """A plan as messages, in its order."""
-    nan = float("nan")
     return [
         RankedPoke(
-            poke=Poke(x=x, y=y, dx=dx, dy=dy, dz=nan),
+            poke=poke,
             score=chosen.score[i],
             success_probability=chosen.success[i],
             plausibility=chosen.plausibility[i],
@@ -253,9 +306,16 @@ def ranked_pokes(chosen: Plan) -> list[RankedPoke]:
             progress=chosen.progress[i],
             progress_std=chosen.progress_std[i],
             information=chosen.information[i],
+            motion=chosen.motion[i].astype(np.float32),
+            motion_covariance=chosen.motion_covariance[i].astype(np.float32).ravel(),
         )
-        for i, (x, y, dx, dy) in enumerate(np.hstack([chosen.pokes.xy, chosen.pokes.flow]).tolist())
+        for i, poke in enumerate(pokes_to_msg(chosen.pokes, Header()).pokes)
     ]
+
+
+def _in_space(request: PlanPoke.Request) -> bool:
+    """Whether a goal says how its point is to move in depth."""
+    return request.goal == PlanPoke.Request.MOVE and request.dz != 0 and not np.isnan(request.dz)
 
 
 def _rows(name: str, values: Sequence[float], width: int) -> NDArray[np.float64]:

@@ -39,7 +39,7 @@ class Pokes:
     def __len__(self) -> int:
         return len(self.xy)
 
-    def __getitem__(self, index: slice) -> Pokes:
+    def __getitem__(self, index: slice | NDArray[np.generic]) -> Pokes:
         return Pokes(self.xy[index], self.flow[index], self.dz[index])
 
 

@@ -36,16 +36,13 @@ def nodes(context: LaunchContext) -> list[Node]:
         "output": "screen",
         "emulate_tty": True,
     }
-    camera_info = ("camera_info", LaunchConfiguration("camera_info"))
+    camera = [(name, LaunchConfiguration(name)) for name in ("camera_info", "depth")]
     return [
         Node(
             executable="fpt_node",
             name="fpt",
             parameters=[LaunchConfiguration("params_file"), given],
-            remappings=[
-                *((name, LaunchConfiguration(name)) for name in ("image", "depth")),
-                camera_info,
-            ],
+            remappings=[("image", LaunchConfiguration("image")), *camera],
             arguments=["--ros-args", "--log-level", ["fpt:=", LaunchConfiguration("log_level")]],
             **common,
         ),
@@ -57,7 +54,7 @@ def nodes(context: LaunchContext) -> list[Node]:
                 LaunchConfiguration("params_file"),
                 {name: value for name, value in given.items() if name in SHARED},
             ],
-            remappings=[camera_info],
+            remappings=camera,
             **common,
         ),
     ]

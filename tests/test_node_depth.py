@@ -30,16 +30,18 @@ from rcl_interfaces.srv import SetParameters
 from rclpy.parameter import Parameter
 from sensor_msgs.msg import CameraInfo, Image, PointCloud2, PointField
 from std_msgs.msg import Header
+from visualization_msgs.msg import Marker, MarkerArray
 
 from fpt_model import FlowMixture, FlowPredictor, load_model
 from fpt_model.depth import Depth, DepthError, Intrinsics
 from fpt_model.scene_flow import SceneFlow
 from fpt_msgs.msg import FlowDistribution, Poke, PokeArray, QueryArray
-from fpt_msgs.srv import PredictFlow
+from fpt_msgs.srv import PlanPoke, PredictFlow
 from fpt_ros.depth import DepthHistory, camera_intrinsics, read_depth
 from fpt_ros.images import array_to_image, image_to_array
 from fpt_ros.messages import distribution_from_msg
-from fpt_ros.pipeline import Answer, View, predict_hypotheses, sample_jointly
+from fpt_ros.pipeline import Answer, View, answer_asks, predict_hypotheses, sample_jointly
+from fpt_ros.planning import Goal, Search, default_tolerance, motion_in_space, plan
 from fpt_ros.pokes import Pokes, RequestError
 from fpt_ros.scene_outputs import FIELDS, Rigid, point_cloud
 
@@ -421,6 +423,71 @@ def test_points_come_in_the_target_frame(user: DepthUser) -> None:
         assert np.nanmin(found[:, 0]) > 1.9, "ahead of the camera, at x = 1 m"
     finally:
         user.set(target_frame="")
+
+
+def test_the_planner_takes_goals_in_space(user: DepthUser) -> None:
+    client, search = user.client, Search(kl_threshold=0.05, positions=6, motions=4, seed=7)
+    arguments = ("positions:=6", "motions:=4", "kl_threshold_nats:=0.05", "timeout_s:=5.0")
+    module = python_module("fpt_ros.poke_planner", *(w for a in arguments for w in ("-p", a)))
+    client.subscribe(MarkerArray, "/poke_planner/markers")
+
+    def ask(header: Header, **fields: float) -> PlanPoke.Response:
+        request = PlanPoke.Request(header=header, seed=7, **fields)
+        return client.call(PlanPoke, "/poke_planner/plan_poke", request, 60.0)
+
+    with Process(module, user.domain) as planner:
+
+        def known() -> bool:
+            topics = ("/depth", "/camera_info")
+            return all(client.node.count_subscribers(topic) > 1 for topic in topics)
+
+        wait_until(known, 60.0, lambda: planner.output)
+        pixels, goal = picture(1), {"x": 50.0, "y": 10.0, "dx": 3.0, "dy": 1.0, "dz": 0.3}
+
+        def planned() -> PlanPoke.Response | None:
+            answer = ask(user.send(pixels), **goal)  # depth or a first response may get lost
+            return answer if answer.success else None
+
+        wait_until(lambda: planned() is not None, 60.0, lambda: planner.output)
+        answer = planned()
+        assert answer is not None
+        depth = Depth(np.where(metres() > 0, metres(), np.float32(np.nan)), CAMERA)
+        point = np.array([50.0, 10.0])
+        motion = motion_in_space(point, np.array([3.0, 1.0]), 0.3, depth)
+        tolerance = default_tolerance(motion, SIZE)
+        view = View(pixels, user.predictor.encode(pixels), depth)
+        steps = plan(Goal(point, motion, tolerance), SIZE, search, depth)
+        expected = answer_asks(user.predictor, view, steps, SETTINGS)
+        assert len(answer.pokes) == min(len(expected), 16)
+        for i, ranked in enumerate(answer.pokes):
+            poke = ranked.poke
+            assert (poke.x, poke.y) == pytest.approx(tuple(expected.pokes.xy[i]), abs=1e-3)
+            assert (poke.dx, poke.dy) == pytest.approx(tuple(expected.pokes.flow[i]), abs=2e-2)
+            assert poke.dz == pytest.approx(expected.pokes.dz[i], abs=1e-3)
+            assert ranked.success_probability == pytest.approx(expected.success[i], abs=2e-2)
+            np.testing.assert_allclose(ranked.motion, expected.motion[i], atol=1e-3)
+            covariance = np.reshape(ranked.motion_covariance, (3, 3))
+            np.testing.assert_allclose(covariance, expected.motion_covariance[i], rtol=1e-2)
+        shown = [m for m in client.next("/poke_planner/markers").markers if m.ns == "motion"]
+        assert [m.type for m in shown] == [Marker.ARROW, Marker.SPHERE]
+        start, end = shown[0].points
+        np.testing.assert_allclose(
+            [end.x - start.x, end.y - start.y, end.z - start.z], expected.motion[0], atol=1e-3
+        )
+        assert start.z == pytest.approx(depth.at(point), abs=1e-4)
+
+        refused = ask(user.send(pixels), **{**goal, "x": 35.0, "y": 25.0})
+        assert "none is known at x=35, y=25 px" in refused.message
+        late = user.send(pixels, lag_ms=500.0)
+        refused = ask(late, **goal)
+        assert "a goal with dz=0.3 m needs depth: no depth within 20 ms" in refused.message
+        planar = ask(late, **{**goal, "dz": 0.0})
+        assert planar.success, planar.message
+        assert np.isnan(planar.pokes[0].motion).all()
+        assert np.isnan(planar.pokes[0].poke.dz)
+        documented = documented_topics("poke_planner", "poke_planner", page="depth.md")
+        assert documented < client.topics_of("poke_planner")
+        assert planner.interrupt() == 0, planner.output
 
 
 def test_topics_are_the_documented_ones(user: DepthUser) -> None:

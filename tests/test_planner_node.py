@@ -128,6 +128,7 @@ def check(found: list[RankedPoke], expected: Plan) -> None:
         assert (poke.x, poke.y) == pytest.approx(tuple(expected.pokes.xy[i]), abs=1e-3)
         assert (poke.dx, poke.dy) == pytest.approx(tuple(expected.pokes.flow[i]), abs=2e-2)
         assert np.isnan(poke.dz)
+        assert np.isnan([*ranked.motion, *ranked.motion_covariance]).all()
         for field, name in SCORES.items():
             value = getattr(expected, name)[i]
             assert getattr(ranked, field) == pytest.approx(value, abs=2e-2), (i, field)
@@ -208,6 +209,7 @@ def test_markers_show_the_ranked_pokes(nodes: Set) -> None:
         ({"y": float("nan")}, "query 0 of 1 must be finite"),
         ({"dx": float("inf")}, "motion must be finite"),
         ({"dx": 0.0, "dy": 0.0}, "motion must not be zero"),
+        ({"dz": 0.1}, "a goal with dz=0.1 m needs depth: the FPT node's model is planar"),
         ({"tolerance": -1.0}, "tolerance must be > 0 px, received -1"),
         ({"keep": [1.0]}, "must be x, y pairs, received 1 values"),
         ({"keep": [[70.0, 0.0]]}, "point to keep 0 of 1 at x=70"),

@@ -13,8 +13,20 @@ import pytest
 from node_harness import save_small_model
 
 from fpt_model import FlowMixture, FlowPredictor, load_model
+from fpt_model.depth import Depth, Intrinsics
+from fpt_model.scene_flow import displacement, image_motion
 from fpt_ros.pipeline import Settings, View, answer_asks
-from fpt_ros.planning import Ask, Goal, Plan, Search, Steps, default_tolerance, explore, plan
+from fpt_ros.planning import (
+    Ask,
+    Goal,
+    Plan,
+    Search,
+    Steps,
+    default_tolerance,
+    explore,
+    motion_in_space,
+    plan,
+)
 from fpt_ros.pokes import Pokes, RequestError
 
 SIZE = (100, 200)  # px
@@ -113,6 +125,112 @@ def test_ranking_is_the_same_for_a_seed_and_another_for_another() -> None:
             np.testing.assert_array_equal(getattr(one, field.name), getattr(again, field.name))
     np.testing.assert_array_equal(one.pokes.flow, again.pokes.flow)
     assert not np.array_equal(one.pokes.xy, other.pokes.xy)
+
+
+CAMERA = Intrinsics(200.0, 200.0, 99.5, 49.5)
+NEAR_M, FAR_M = 1.5, 2.0
+
+
+def room() -> np.ndarray:
+    """Depth ``[H, W]`` in m: the part stands out of a wall."""
+    y, x = np.mgrid[: SIZE[0], : SIZE[1]]
+    return np.where(on_part(np.stack([x, y], -1)), NEAR_M, FAR_M).astype(np.float32)
+
+
+def drawer_in_space(pokes: Pokes, queries: np.ndarray) -> FlowMixture:
+    """The part slides along the optical axis, by about 0.2 m; a poke there is followed."""
+    moving = on_part(queries)
+    dz = np.zeros((len(queries), 3))
+    if len(pokes) and on_part(pokes.xy)[0] and np.isfinite(pokes.dz[0]):
+        dz[moving] = pokes.dz[0]
+        std = NOISE_STD
+    else:
+        dz[moving, 1:] = (0.2, -0.2)
+        std = 2.0
+    z = np.where(moving, NEAR_M, FAR_M)[:, None]
+    flow = np.stack([0 * dz, 0 * dz, dz], -1)
+    means = image_motion(queries[:, None], z, flow, CAMERA)
+    means[..., 2] *= z  # m
+    stds = np.where(moving[:, None] & (np.arange(3) > 0) | (std < 1), std, STILL_STD)
+    stds = np.where(moving[:, None], stds, STILL_STD)
+    metres = stds * z / CAMERA.fx
+    tril = np.stack([stds, stds, metres], -1)[..., None] * np.eye(3)
+    log_weights = np.broadcast_to(np.log([0.5, 0.25, 0.25]), stds.shape)
+    return FlowMixture(log_weights, means, tril)
+
+
+def test_a_part_is_pulled_toward_the_camera() -> None:
+    point, depth = np.array([60.0, 50.0]), Depth(room(), CAMERA)
+    true = image_motion(point, NEAR_M, [0, 0, -0.2], CAMERA)
+    motion = motion_in_space(point, true[:2], -0.2, depth)
+    assert motion[2] == pytest.approx(-0.2 * 200 / NEAR_M)
+    goal = Goal(point, motion, 4.0, keep_out=np.array([[60.0, 50.0, 8.0]]))
+    found = follow(plan(goal, SIZE, SEARCH, depth), drawer_in_space)
+    best = found.first(10)
+    assert on_part(best.pokes.xy).all()
+    np.testing.assert_allclose(best.pokes.dz, -0.2, atol=0.03)
+    assert (best.success > 0.9).all()
+    np.testing.assert_allclose(best.progress, 1, atol=0.2)
+    # straight at the camera, as it was asked for
+    np.testing.assert_allclose(best.motion, np.tile([0, 0, -0.2], (10, 1)), atol=0.03)
+    std_m = NOISE_STD / 200 * NEAR_M
+    np.testing.assert_allclose(best.motion_covariance[0, 2, 2], std_m**2, rtol=1e-6)
+    ahead = follow(plan(Goal(point, -motion, 4.0), SIZE, SEARCH, depth), drawer_in_space)
+    assert ahead.pokes.dz[0] > 0.1
+
+
+def test_predictions_in_space_serve_a_goal_in_the_image() -> None:
+    """Pokes then leave open how they move in depth, and the plan tells what is expected of it."""
+
+    def world(pokes: Pokes, queries: np.ndarray) -> FlowMixture:
+        assert np.isnan(pokes.dz).all()
+        flat = drawer(pokes, queries)
+        means = np.concatenate([flat.means, np.full((*flat.means.shape[:-1], 1), 0.1)], -1)
+        tril = np.tile(0.01 * np.eye(3), (*flat.means.shape[:-1], 1, 1))
+        tril[..., :2, :2] = flat.scale_tril
+        return FlowMixture(flat.log_weights, means, tril)
+
+    depth, point = Depth(room(), CAMERA), np.array([60.0, 50.0])
+    goal = Goal(point, np.array([9.0, 0.0]), 2.0)
+    found = follow(plan(goal, SIZE, SEARCH, depth), world)
+    alone = follow(plan(goal, SIZE, SEARCH), drawer)
+    np.testing.assert_allclose(found.score, alone.score)
+    np.testing.assert_array_equal(found.pokes.xy, alone.pokes.xy)
+    best = displacement(point, NEAR_M, [*alone.pokes.flow[0], 0.1 / NEAR_M], CAMERA)
+    np.testing.assert_allclose(found.motion[0], best, atol=1e-9)
+    assert np.isnan(alone.motion).all()
+
+
+def test_no_poke_begins_where_there_is_no_surface() -> None:
+    metres = room()
+    metres[:, 40:60] = np.nan  # half of the part
+    depth = Depth(metres, CAMERA)
+    goal = Goal(np.array([70.0, 50.0]), np.array([9.0, 0.0]), 2.0)
+    found = follow(plan(goal, SIZE, SEARCH, depth), drawer)
+    assert np.isfinite(depth.at(found.pokes.xy)).all()
+    assert (follow(plan(goal, SIZE, SEARCH), drawer).pokes.xy[:, 0] < 60).any()
+    with pytest.raises(RequestError, match=r"depth of its point, but none is known at x=50, y=50"):
+        motion_in_space(np.array([50.0, 50.0]), np.array([9.0, 0.0]), 0.1, depth)
+    space = Goal(goal.point, np.array([0.0, 0.0, 9.0]), 2.0)
+    with pytest.raises(RequestError, match="needs predictions in space, received planar ones"):
+        follow(plan(space, SIZE, SEARCH, depth), drawer)
+
+
+def test_no_poke_goes_behind_what_is_in_front_of_it() -> None:
+    metres = room()
+    metres[:, 90:95] = 1.0  # a pole before the wall, beside the part
+    goal = Goal(np.array([60.0, 50.0]), np.array([25.0, 0.0]), 6.0)
+    found = follow(plan(goal, SIZE, SEARCH, Depth(metres, CAMERA)), drawer)
+    right = found.pokes.flow[:, 0] > 12
+    ends = found.pokes.xy + found.pokes.flow
+    assert right.sum() > 20
+    assert (ends[right & (found.pokes.xy[:, 0] < 89), 0] < 90).all()
+    free = follow(plan(goal, SIZE, SEARCH), drawer)
+    assert ((free.pokes.xy + free.pokes.flow)[free.pokes.xy[:, 0] < 89, 0] > 90).any()
+    metres[:] = np.where(on_part(np.stack(np.mgrid[:100, :200][::-1], -1)), NEAR_M, 1.0)
+    only = Search(kl_threshold=1.0, cells=(20, 40), positions=1, min_length=60)
+    with pytest.raises(RequestError, match=r"all of \d+ pokes would go behind something nearer"):
+        follow(plan(goal, SIZE, only, Depth(metres, CAMERA)), drawer)
 
 
 def test_points_to_keep_decide_where_to_poke() -> None:
