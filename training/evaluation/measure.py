@@ -108,8 +108,12 @@ def _moments(x: FloatArray, y: FloatArray) -> FloatArray:
 
 
 def _means(values: FloatArray, where: Where) -> dict[str, FloatArray]:
-    """Over parts of the last axis, of ``[..., C]``."""
-    return {name: values[..., index].mean(-1) for name, index in where.items()}
+    """Over parts of the last axis, of ``[..., C]``; NaN where a part is empty."""
+    parts = {name: values[..., index] for name, index in where.items()}
+    return {
+        name: part.mean(-1) if part.shape[-1] else np.full(part.shape[:-1], np.nan)
+        for name, part in parts.items()
+    }
 
 
 def _parts(scene: Scene) -> Where:
