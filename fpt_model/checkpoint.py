@@ -3,18 +3,22 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from fpt_model.config import FPT_BASE, FPTConfig
 from fpt_model.model import FlowPokeTransformer
@@ -88,7 +92,7 @@ def load_model(model: str | os.PathLike[str]) -> FlowPokeTransformer:
     state = content.get("model") if isinstance(content, dict) else None
     if not isinstance(state, dict):
         raise CheckpointError(f'{path} must hold a dict with the state dict under "model"')
-    return from_reference(state, FPT_BASE)
+    return _from_reference(state, FPT_BASE)
 
 
 def _load_safetensors(path: Path) -> FlowPokeTransformer:
@@ -128,6 +132,11 @@ def from_reference(state_dict: Mapping[str, Tensor], config: FPTConfig) -> FlowP
     Its DINOv2 position table is resampled once, here, to the configuration's token grid (bicubic,
     antialiased). Tensors that its forward pass never uses are dropped.
     """
+    return copy.deepcopy(_from_reference(state_dict, config))
+
+
+def _from_reference(state_dict: Mapping[str, Tensor], config: FPTConfig) -> FlowPokeTransformer:
+    """The same, but the model has the very tensors of the state dict, where it can."""
     origin = "the reference state dict"
     for key, value in state_dict.items():
         if not isinstance(value, Tensor):
@@ -185,12 +194,14 @@ def _build(
     origin: str,
     name_of: Callable[[str], str] = str,
 ) -> FlowPokeTransformer:
-    """Instantiate and load strictly; CheckpointError names the first misfit.
+    """A model of the tensors of ``state``, strictly; CheckpointError names the first misfit.
 
-    ``name_of`` gives the name in ``origin`` of a tensor of ours.
+    They are not copied unless they are of another type. ``name_of`` gives the name in ``origin`` of
+    a tensor of ours.
     """
     try:
-        model = FlowPokeTransformer(config)
+        with _parameters_without_memory():
+            model = FlowPokeTransformer(config)
     except (RuntimeError, TypeError, ValueError) as error:
         raise CheckpointError(f"{origin}: cannot build {config.encoder!r}: {error}") from error
     expected = model.state_dict()
@@ -208,5 +219,27 @@ def _build(
         if key not in expected:
             found = f"{name_of(key)!r} {list(state[key].shape)}"
             raise CheckpointError(f"{origin}: unexpected tensor {found}")
-    model.load_state_dict(dict(state))
+    own = {key: state[key].to(tensor.dtype) for key, tensor in expected.items()}
+    model.load_state_dict(own, assign=True)
     return model.eval()
+
+
+@contextmanager
+def _parameters_without_memory() -> Iterator[None]:
+    """Modules made meanwhile, in this thread, get parameters on the device "meta".
+
+    A model of a gigabyte is then loaded in one, and nothing is drawn only to be replaced. Buffers
+    are as ever: some are constants that no checkpoint has.
+    """
+    thread = threading.get_ident()
+
+    def strip(_: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+        if parameter is None or threading.get_ident() != thread:
+            return parameter
+        return nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+
+    handle = register_module_parameter_registration_hook(strip)  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -104,6 +104,21 @@ def test_own_fixture() -> None:
     assert_close(raw, z["raw"], 1e-5)
 
 
+def test_a_model_shares_no_memory_with_the_state_dict_and_is_on_the_cpu() -> None:
+    weights = state_dict(SMALL_SEED, json.loads((OWN / "parity_shapes.json").read_text()))
+    before = {name: tensor.clone() for name, tensor in weights.items()}
+    random_state = torch.get_rng_state()
+    model = FlowPokeTransformer.from_reference(weights, SMALL)
+    assert torch.equal(torch.get_rng_state(), random_state), "weights were drawn to be replaced"
+    assert {t.device.type for t in (*model.parameters(), *model.buffers())} == {"cpu"}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(7.0)
+    assert all(torch.equal(weights[name], before[name]) for name in weights)
+    made = FlowPokeTransformer(SMALL)  # as ever afterwards
+    assert {p.device.type for p in made.parameters()} == {"cpu"}
+
+
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
