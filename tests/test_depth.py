@@ -12,7 +12,6 @@ import cv2
 import numpy as np
 import pytest
 import torch
-import yaml
 
 from fpt_model import (
     FlowMixture,
@@ -424,12 +423,9 @@ def test_a_planar_model_goes_on_in_three_dimensions(data: Path, tmp_path: Path) 
 
 def test_the_shipped_recipe_goes_on_from_the_shipped_planar_one() -> None:
     folder = Path(__file__).parents[1] / "training" / "configs"
-    planar, solid = (
-        yaml.safe_load((folder / f"{n}.yaml").read_text()) for n in ("tiny", "tiny-3d")
-    )
-    assert solid["model"] == planar["model"] | {"name": "fpt-tiny-3d", "flow_dim": 3}
-    assert solid["data"] == planar["data"] | {"planar_pokes": 0.5}
-    config = RunConfig.load(folder / "tiny-3d.yaml")
+    planar, config = (RunConfig.load(folder / f"{n}.yaml") for n in ("tiny", "tiny-3d"))
+    assert config.model == replace(planar.model, name="fpt-tiny-3d", flow_dim=3)
+    assert config.data == replace(planar.data, planar_pokes=0.5)
     assert config.optim.start_from == "fpt-tiny"
 
 
