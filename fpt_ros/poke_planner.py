@@ -72,8 +72,8 @@ PARAMETERS = (
 DISCOVERY_S = 2.0
 """The FPT node's services and model may be missing for this long."""
 
-_DEPTHS = 64
-"""Depth images kept: of the newest image, and of some before."""
+_DEPTHS = 30
+"""Depth images kept: the FPT node keeps as many images by default."""
 
 _LOOK_S = 0.1  # how often it is looked for them meanwhile
 _SENSOR_QOS = QoSProfile(depth=5, reliability=ReliabilityPolicy.BEST_EFFORT)
