@@ -13,6 +13,11 @@ from fpt_model.engine import PRECISIONS, BackendError, Engine, TorchEngine
 from fpt_model.model import FlowPokeTransformer
 
 Backend = Literal["torch", "onnxruntime"]
+Choice = Literal["auto", "torch", "onnxruntime"]
+"""Of a backend; auto: ONNX Runtime where graphs are given, PyTorch otherwise.
+
+On a CPU ONNX Runtime in fp32 was the faster or as fast wherever it was measured (docs/backends.md).
+"""
 Precision = Literal["fp32", "bf16", "fp16", "int8"]
 PROVIDERS = {  # of ONNX Runtime, by the names that users give
     "tensorrt": "TensorrtExecutionProvider",
@@ -34,7 +39,7 @@ class Active:
 
 def open_engine(
     model: FlowPokeTransformer,
-    backend: Backend,
+    backend: Choice,
     device: str,
     precision: Precision,
     graphs: str | Path | None,
@@ -43,20 +48,21 @@ def open_engine(
     compile: bool = False,
 ) -> Active:
     """See :class:`~fpt_model.predictor.FlowPredictor`, which has these arguments."""
+    preferred = "onnxruntime" if graphs else "torch"
+    chosen = preferred if backend == "auto" else backend
     for name, value, choices in (
-        ("backend", backend, get_args(Backend)),
-        ("precision", precision, get_args(Precision) if backend != "torch" else tuple(PRECISIONS)),
+        ("backend", backend, get_args(Choice)),
+        ("precision", precision, get_args(Precision) if chosen != "torch" else tuple(PRECISIONS)),
         *(("providers", provider, tuple(PROVIDERS)) for provider in providers),
     ):
         if value not in choices:
             raise ValueError(f"{name} must be one of {', '.join(choices)}, received {value!r}")
     if not providers or len(set(providers)) != len(providers):
         raise ValueError(f"providers must name each provider once, received {list(providers)}")
-    if backend == "onnxruntime":
+    if chosen == "onnxruntime":
         try:
-            return Active(
-                _open_onnx(model, device, precision, graphs, providers, strict), backend, precision
-            )
+            engine = _open_onnx(model, device, precision, graphs, providers, strict)
+            return Active(engine, "onnxruntime", precision)
         except BackendError as error:
             if strict:
                 raise

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from fpt_model.backends import Backend, Precision, open_engine
+from fpt_model.backends import Choice, Precision, open_engine
 from fpt_model.encoder import preprocess
 from fpt_model.engine import Context
 from fpt_model.geometry import ModelView, grid
@@ -68,7 +68,8 @@ class FlowPredictor:
 
     Args:
         model: not changed; where types and devices agree its weights are shared.
-        backend: "torch", or "onnxruntime", which runs exported graphs.
+        backend: "torch"; "onnxruntime", which runs exported graphs; "auto": that where ``graphs``
+            are given, which on a CPU is the faster, PyTorch otherwise.
         device: a torch device, e.g. "cpu" or "cuda"; of "onnxruntime" the GPU's number is taken.
         precision: "fp32"; "bf16" with torch (several times faster on CPUs with AMX, half the
             memory); "fp16" and "int8" with ONNX Runtime, when they were exported.
@@ -92,7 +93,7 @@ class FlowPredictor:
     def __init__(
         self,
         model: FlowPokeTransformer,
-        backend: Backend = "torch",
+        backend: Choice = "auto",
         device: str = "cpu",
         precision: Precision = "fp32",
         graphs: str | Path | None = None,

@@ -32,9 +32,9 @@ FPT_PARAMETERS: tuple[Spec, ...] = (
     Spec("model", "fpt-tiny", "Name of a shipped model, or path of a checkpoint.", fixed=True),
     Spec(
         "backend",
-        "torch",
-        "What runs the model: torch, or onnxruntime, which needs graphs.",
-        choices=("torch", "onnxruntime"),
+        "auto",
+        "What runs the model: torch; onnxruntime, which needs graphs; auto: that if given.",
+        choices=("auto", "torch", "onnxruntime"),
         fixed=True,
     ),
     Spec("graphs", "", "Folder that fpt export wrote from the model, for onnxruntime.", fixed=True),

@@ -322,10 +322,16 @@ def test_the_real_providers_are_read_back(
     assert {record.levelno for record in caplog.records} == {logging.WARNING}
 
 
+def test_without_a_choice_graphs_are_run_where_there_are_some(small: Exported) -> None:
+    assert FlowPredictor(small.model, graphs=small.folder).backend == "onnxruntime"
+    assert FlowPredictor(small.model).backend == "torch"
+    assert FlowPredictor(small.model, "torch", graphs=small.folder).backend == "torch"
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"backend": "onnx"}, ValueError, "backend must be one of torch, onnxruntime, received"),
+        ({"backend": "onnx"}, ValueError, "backend must be one of auto, torch, onnxr"),
         ({"precision": "fp8"}, ValueError, "precision must be one of fp32, bf16, received 'fp8'"),
         ({"providers": ["rocm"]}, ValueError, "providers must be one of tensorrt, cuda, cpu, rec"),
         ({"providers": []}, ValueError, r"name each provider once, received \[\]"),

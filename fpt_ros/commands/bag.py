@@ -90,7 +90,7 @@ def bag(
         ),
     ] = None,
     model: ModelOption = "fpt-tiny",
-    backend: BackendOption = "torch",
+    backend: BackendOption = "auto",
     precision: PrecisionOption = "fp32",
     graphs: GraphsOption = None,
     providers: ProvidersOption = "cpu",

@@ -15,7 +15,10 @@ if TYPE_CHECKING:  # importing torch takes seconds, which help and error message
 
 ModelOption = Annotated[str, typer.Option("--model", help="A shipped model or a checkpoint file.")]
 BackendOption = Annotated[
-    str, typer.Option("--backend", help="torch; or onnxruntime, which needs --graphs.")
+    str,
+    typer.Option(
+        "--backend", help="torch; onnxruntime, which needs --graphs; auto: that if given."
+    ),
 ]
 PrecisionOption = Annotated[
     str,
@@ -36,7 +39,7 @@ DeviceOption = Annotated[str, typer.Option("--device", help="As torch names it: 
 
 def load_predictor(
     model: str,
-    backend: str = "torch",
+    backend: str = "auto",
     precision: str = "fp32",
     graphs: Path | None = None,
     providers: str = "cpu",

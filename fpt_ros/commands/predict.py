@@ -77,7 +77,7 @@ def predict(
         ),
     ] = None,
     model: ModelOption = "fpt-tiny",
-    backend: BackendOption = "torch",
+    backend: BackendOption = "auto",
     precision: PrecisionOption = "fp32",
     graphs: GraphsOption = None,
     providers: ProvidersOption = "cpu",

@@ -17,7 +17,6 @@ from safetensors import safe_open
 from tqdm import tqdm
 
 from fpt_model import FlowPredictor, load_model, save_model
-from fpt_model.backends import Backend
 from fpt_model.checkpoint import resolve_model
 from sim.dataset import SPLITS, sha256
 from training.data import Shards
@@ -72,11 +71,9 @@ def load_predictor(
     and BackendError.
     """
     loaded = load_model(model)
-    backend: Backend = "torch" if graphs is None else "onnxruntime"
     try:
         return FlowPredictor(
             loaded,
-            backend,
             precision=precision,  # type: ignore[arg-type]  # checked there
             graphs=graphs,
             strict=True,
