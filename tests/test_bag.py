@@ -420,10 +420,14 @@ def test_topics_that_do_not_fit_are_named_with_those_there_are(
         (["{in}", "--model", "no-model"], ["no-model", "neither a file"]),
         (
             ["{in}", "--backend", "tflite"],
-            ["backend must be one of torch, onnxruntime", "'tflite'"],
+            ["backend must be one of auto, torch, onnxruntime", "'tflite'"],
         ),
         (["{in}", "--backend", "onnxruntime"], ["no folder of exported graphs was given"]),
-        (["{in}", "--graphs", "{tmp}"], ["needs --backend onnxruntime"]),
+        (["{in}", "--graphs", "{tmp}"], ["no exported graphs in"]),
+        (
+            ["{in}", "--graphs", "{tmp}", "--backend", "torch"],
+            ["needs --backend onnxruntime"],
+        ),
     ],
 )
 def test_a_users_mistake_is_one_line_and_exit_2(
