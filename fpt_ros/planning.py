@@ -284,6 +284,8 @@ def explore(size: Size, search: Search, tolerance: float, keep_out: Array | None
     is drawn from p(f_c). The points of a coarse grid are averaged, without those near c, and as if
     they were independent. What the model contradicts itself in can make it negative.
 
+    It is about the motion in the image, whatever else is predicted.
+
     Args:
         tolerance: px, what moves less stays.
         keep_out: ``[N, 3]`` discs as in :class:`Goal`.
@@ -295,7 +297,8 @@ def explore(size: Size, search: Search, tolerance: float, keep_out: Array | None
     rng = np.random.default_rng(search.seed)
     cells = _Cells(size, search.cells)
     coarse = _Cells(size, (8, 8))
-    (none,) = yield Ask([Pokes()], cells.xy)
+    (predicted,) = yield Ask([Pokes()], cells.xy)
+    none = predicted.marginal(2)  # exploring is about the motion in the image
     moves = 1 - none.probability_within(np.zeros(none.dims), tolerance)
     allowed = _allowed(cells.xy, np.zeros((0, 3)) if keep_out is None else keep_out)
     places = _draw(allowed * cells.smooth(moves), max(1, search.positions // 2), rng)
@@ -304,7 +307,7 @@ def explore(size: Size, search: Search, tolerance: float, keep_out: Array | None
     drawn = Pokes(cells.xy[at], outcomes.reshape(len(at), -1))
     answers = yield Ask([Pokes(), *_each(drawn)], coarse.xy)
     # one by one, with the same draws: what tells nothing is then told to tell exactly that
-    entropy = np.stack([mixture.entropy(_ENTROPY_DRAWS) for mixture in answers])  # [1 + S * C, Q]
+    entropy = np.stack([m.marginal(2).entropy(_ENTROPY_DRAWS) for m in answers])  # [1 + S * C, Q]
     told = entropy[0] - entropy[1:].reshape(search.outcomes, len(places), -1).mean(0)  # [C, Q]
     apart = np.linalg.norm(coarse.xy - cells.xy[places][:, None], axis=-1)
     others = apart > max(size) / (2 * coarse.shape[1])

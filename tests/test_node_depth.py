@@ -476,6 +476,11 @@ def test_the_planner_takes_goals_in_space(user: DepthUser) -> None:
         )
         assert start.z == pytest.approx(depth.at(point), abs=1e-4)
 
+        explored = ask(user.send(pixels), goal=PlanPoke.Request.EXPLORE)
+        assert explored.success, explored.message
+        assert len(explored.pokes) == 3
+        assert np.isnan(explored.pokes[0].poke.dz)
+
         refused = ask(user.send(pixels), **{**goal, "x": 35.0, "y": 25.0})
         assert "none is known at x=35, y=25 px" in refused.message
         late = user.send(pixels, lag_ms=500.0)

@@ -179,20 +179,33 @@ def test_a_part_is_pulled_toward_the_camera() -> None:
     assert ahead.pokes.dz[0] > 0.1
 
 
+def receding_drawer(pokes: Pokes, queries: np.ndarray) -> FlowMixture:
+    """The drawer in the image; all goes 0.1 m away from the camera, as far as depth is known."""
+    assert np.isnan(pokes.dz).all()
+    flat = drawer(pokes, queries)
+    means = np.concatenate([flat.means, np.full((*flat.means.shape[:-1], 1), 0.1)], -1)
+    tril = np.tile(0.01 * np.eye(3), (*flat.means.shape[:-1], 1, 1))
+    tril[..., :2, :2] = flat.scale_tril
+    unknown = queries[:, 0] > 150
+    means[unknown, :, 2], tril[unknown, :, 2] = np.nan, np.nan
+    return FlowMixture(flat.log_weights, means, tril)
+
+
+def test_exploring_is_about_the_motion_in_the_image() -> None:
+    found, planar = (
+        follow(explore(SIZE, SEARCH, 2.0), world) for world in (receding_drawer, drawer)
+    )
+    for field in fields(Plan):
+        if field.name != "pokes":
+            np.testing.assert_array_equal(getattr(found, field.name), getattr(planar, field.name))
+    np.testing.assert_array_equal(found.pokes.flow, planar.pokes.flow)
+
+
 def test_predictions_in_space_serve_a_goal_in_the_image() -> None:
     """Pokes then leave open how they move in depth, and the plan tells what is expected of it."""
-
-    def world(pokes: Pokes, queries: np.ndarray) -> FlowMixture:
-        assert np.isnan(pokes.dz).all()
-        flat = drawer(pokes, queries)
-        means = np.concatenate([flat.means, np.full((*flat.means.shape[:-1], 1), 0.1)], -1)
-        tril = np.tile(0.01 * np.eye(3), (*flat.means.shape[:-1], 1, 1))
-        tril[..., :2, :2] = flat.scale_tril
-        return FlowMixture(flat.log_weights, means, tril)
-
     depth, point = Depth(room(), CAMERA), np.array([60.0, 50.0])
     goal = Goal(point, np.array([9.0, 0.0]), 2.0)
-    found = follow(plan(goal, SIZE, SEARCH, depth), world)
+    found = follow(plan(goal, SIZE, SEARCH, depth), receding_drawer)
     alone = follow(plan(goal, SIZE, SEARCH), drawer)
     np.testing.assert_allclose(found.score, alone.score)
     np.testing.assert_array_equal(found.pokes.xy, alone.pokes.xy)
