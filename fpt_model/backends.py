@@ -13,7 +13,7 @@ from fpt_model.engine import PRECISIONS, BackendError, Engine, TorchEngine
 from fpt_model.model import FlowPokeTransformer
 
 Backend = Literal["torch", "onnxruntime"]
-Choice = Literal["auto", "torch", "onnxruntime"]
+Choice = Literal["auto", Backend]
 """Of a backend; auto: ONNX Runtime where graphs are given, PyTorch otherwise.
 
 On a CPU ONNX Runtime in fp32 was the faster or as fast wherever it was measured (docs/backends.md).

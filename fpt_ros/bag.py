@@ -158,7 +158,7 @@ def list_topics(bag: Reader) -> str:
 
 
 def find_inputs(
-    bag: Reader, topics: Mapping[str, str | None], namespace: str = ""
+    bag: Reader, topics: Mapping[str, str | None], namespace: str = "", dims: int = 3
 ) -> dict[str, list[Connection]]:
     """The node's inputs that the bag has, by name in INPUT_TYPES.
 
@@ -166,11 +166,13 @@ def find_inputs(
         topics: by that name; None: the topic of the input's name, which may be missing, except the
             image's.
         namespace: of topics that do not begin with a slash.
+        dims: of the model's motions; one of 2 has no use for depth.
 
     Raises:
         BagError: as :func:`find_topics`, and when a topic is missing.
     """
-    full = {name: full_name(topics.get(name) or name, namespace) for name in INPUT_TYPES}
+    names = [name for name in INPUT_TYPES if name != "depth" or dims == 3]
+    full = {name: full_name(topics.get(name) or name, namespace) for name in names}
     there = {c.topic for c in bag.connections}
     for name, topic in full.items():
         if topic not in there and (topics.get(name) or name == "image"):
@@ -234,7 +236,7 @@ def process_bag(
     Args:
         bag: an open one.
         out: the MCAP file to write; it is there when all is done, and nothing before.
-        inputs: as :func:`find_inputs` gives them.
+        inputs: as :func:`find_inputs` gives them for the predictor's dimensions.
         outputs: names of the node's outputs, "mask" say; None: all.
         pokes: px, that stand until the bag brings others.
         values: of PARAMETERS, where they are not to be the defaults.
@@ -251,9 +253,7 @@ def process_bag(
     parameters: dict[str, Any] = {spec.name: spec.default for spec in FPT_PARAMETERS}
     parameters |= {"max_age_ms": 0.0, "depth_wait_ms": 0.0, **(values or {})}
     messages = Outputs(predictor.config, lambda: parameters["marker_lifetime_s"], monitor.stage)
-    depths = None
-    if predictor.config.flow_dim == 3 and inputs.get("depth"):
-        depths = _Depths(bag, inputs["depth"])
+    depths = _Depths(bag, inputs["depth"]) if inputs.get("depth") else None
     table = messages.table | (SceneOutputs().table if depths else {})
     names = list(table) if outputs is None else list(outputs)
     unknown = [name for name in names if name not in table]

@@ -177,7 +177,7 @@ def motion_in_space(point: Array, motion: Array, dz: float, depth: Depth) -> Arr
     Raises:
         RequestError: no depth is known there.
     """
-    (scale,) = _px_per_metre(point[None], depth)
+    scale = _px_per_metre(point, depth)
     if np.isnan(scale):
         raise RequestError(
             f"a goal in space needs the depth of its point, but none is known at x={point[0]:g}, "
@@ -208,7 +208,7 @@ def plan(goal: Goal, size: Size, search: Search, depth: Depth | None = None) -> 
     surface = space.surface(cells.xy)
 
     pushes = _pushes(goal)  # [H, D]
-    here = cells.nearest(goal.point)
+    here = int(cells.containing(goal.point))
     pushed = _each(space.pokes(np.tile(goal.point, (len(pushes), 1)), pushes))
     answers = yield Ask([Pokes(), *pushed], cells.xy)
     # [G], [H, G]; a goal in space: NaN where there is no surface
@@ -328,7 +328,7 @@ def explore(size: Size, search: Search, tolerance: float, keep_out: Array | None
         progress=zero,
         progress_std=zero,
         information=information,
-        **_Space(2, None).report(answers[0][np.zeros(len(places), np.intp)], np.zeros(2)),
+        **_unknown_in_space(len(places)),
     ).ranked()
 
 
@@ -350,15 +350,11 @@ class _Cells:
         return field[self._around].mean(1)
 
     def containing(self, xy: Array) -> NDArray[np.intp]:
-        """The cells that positions ``[N, 2]`` lie in, outside the image the nearest of its edge."""
+        """The cells ``[...]`` that positions ``[..., 2]`` lie in, outside the image the nearest."""
         inside = np.nan_to_num(pixels_to_normalised(xy, self._size))
         cell = np.floor(inside * self.shape[::-1]).astype(np.intp)
-        column, row = np.clip(cell, 0, np.array(self.shape[::-1]) - 1).T
+        column, row = np.moveaxis(np.clip(cell, 0, np.array(self.shape[::-1]) - 1), -1, 0)
         return np.asarray(row * self.shape[1] + column)
-
-    def nearest(self, point: Array) -> int:
-        """The cell whose centre is next to a point."""
-        return int(np.argmin(np.sum(np.square(self.xy - point), -1)))
 
 
 class _Space:
@@ -411,18 +407,23 @@ class _Space:
 
     def report(self, mixture: FlowMixture, point: Array) -> dict[str, Array]:
         """``motion [B, 3]`` and ``motion_covariance`` in m of predictions ``[B]`` for a point."""
-        b = len(mixture)
         if self._depth is None or mixture.dims == 2:
-            unknown = np.full((b, 3), np.nan)
-            return {"motion": unknown, "motion_covariance": np.full((b, 3, 3), np.nan)}
+            return _unknown_in_space(len(mixture))
         z, camera = self._depth.at(point), self._depth.intrinsics
-        relative = mixture.scaled_last(np.full(b, 1 / z))
-        mean = relative.mean()
-        covariance = relative.covariance()
+        relative = mixture.scaled_last(np.full(len(mixture), 1 / z))
+        mean, covariance = relative.mean(), relative.covariance()
         return {
             "motion": displacement(point, z, mean, camera),
             "motion_covariance": displacement_covariance(point, z, mean, covariance, camera),
         }
+
+
+def _unknown_in_space(pokes: int) -> dict[str, Array]:
+    """What :meth:`_Space.report` gives for so many where nothing is known."""
+    return {
+        "motion": np.full((pokes, 3), np.nan),
+        "motion_covariance": np.full((pokes, 3, 3), np.nan),
+    }
 
 
 def _px_per_metre(xy: Array, depth: Depth) -> Array:

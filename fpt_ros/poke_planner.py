@@ -47,8 +47,10 @@ from fpt_ros.planning import (
     motion_in_space,
     plan,
 )
-from fpt_ros.pokes import Pokes, RequestError, Size
+from fpt_ros.pokes import RequestError, Size
 from fpt_ros.spin import run
+
+_FPT = {spec.name: spec for spec in FPT_PARAMETERS}
 
 PARAMETERS = (
     Spec("max_count", 16, "Pokes in the response to a request that names no count.", 1, 1000),
@@ -63,7 +65,7 @@ PARAMETERS = (
          64, 1000000),
     Spec("timeout_s", 10.0, "The FPT node is given up when it has not answered for this long, s.",
          0.1, 3600.0),
-    next(spec for spec in FPT_PARAMETERS if spec.name == "depth_slop_ms"),
+    _FPT["depth_slop_ms"],
     Spec("plan_lifetime_s", 10.0, "Time after which RViz removes the markers of a plan, s; "
          "0: never.", 0.0, 3600.0),
 )  # fmt: skip
@@ -71,9 +73,6 @@ PARAMETERS = (
 
 DISCOVERY_S = 2.0
 """The FPT node's services and model may be missing for this long."""
-
-_DEPTHS = 30
-"""Depth images kept: the FPT node keeps as many images by default."""
 
 _LOOK_S = 0.1  # how often it is looked for them meanwhile
 _SENSOR_QOS = QoSProfile(depth=5, reliability=ReliabilityPolicy.BEST_EFFORT)
@@ -108,7 +107,8 @@ class PokePlanner(Node):
     def _on_info(self, msg: ModelInfo) -> None:
         self._info = msg
         if msg.dims == 3 and self._depths is None:
-            self._depths = DepthHistory(_DEPTHS)
+            # of as many images as the FPT node keeps, unless it is told otherwise
+            self._depths = DepthHistory(int(_FPT["image_history"].default))
             self.create_subscription(Image, "depth", self._depths.add, _SENSOR_QOS)
 
     def _on_camera_info(self, msg: CameraInfo) -> None:
@@ -147,17 +147,21 @@ class PokePlanner(Node):
         return found.header, (found.image_height, found.image_width)
 
     def _depth(self, request: PlanPoke.Request, header: Header, size: Size) -> Depth | None:
-        """That of the image planned on; RequestError if a goal needs it and there is none."""
+        """That of the image planned on; RequestError if a goal needs it and there is none.
+
+        Exploring does without.
+        """
         problem = "the FPT node's model is planar"
-        if self._depths is not None:
+        if self._depths is not None and request.goal != PlanPoke.Request.EXPLORE:
             slop_ms = self._value("depth_slop_ms")
             msg = self._depths.find(header, slop_ms)
-            problem = self._depths.describe(header, slop_ms)
-            if msg is not None:
-                try:
-                    return read_depth(msg, self._camera_info, header, size)
-                except DepthError as error:
-                    problem = str(error)
+            try:
+                if msg is None:
+                    raise DepthError(self._depths.describe(header, slop_ms))
+                return read_depth(msg, self._camera_info, header, size)
+            except DepthError as error:
+                problem = str(error)
+                if not _in_space(request):
                     self.get_logger().warning(f"planning without depth: {problem}")
         if _in_space(request):
             raise RequestError(f"a goal with dz={request.dz:g} m needs depth: {problem}")
@@ -216,14 +220,9 @@ class PokePlanner(Node):
         mixtures: list[FlowMixture] = []
         for first in range(0, len(ask.hypotheses), at_once):
             part = ask.hypotheses[first : first + at_once]
-            together = Pokes(
-                np.concatenate([pokes.xy for pokes in part]),
-                np.concatenate([pokes.flow for pokes in part]),
-                np.concatenate([pokes.dz for pokes in part]),
-            )
             request = EvaluatePokes.Request(
                 header=header,
-                pokes=pokes_to_msg(together, header).pokes,
+                pokes=[poke for pokes in part for poke in pokes_to_msg(pokes, header).pokes],
                 sizes=flat_array("I", np.array([len(pokes) for pokes in part], np.uint32)),
                 queries=queries,
             )

@@ -324,6 +324,15 @@ def test_an_image_takes_its_depth_whenever_that_was_recorded(run, tmp_path: Path
     assert "refused, malformed: 1" in stdout
 
 
+def test_a_planar_model_leaves_alone_what_is_called_depth(run, model: Path, tmp_path: Path) -> None:
+    entries = [Entry(0.0, "/image", image(0, 0)), Entry(0.0, "/depth", String(data="of the sea"))]
+    source, out = write_bag(tmp_path / "in", entries), tmp_path / "out.mcap"
+    arguments = ("--model", model, "--output", "mask", "--copy-inputs")
+    code, _, stderr = run(source, "--out", out, *arguments)
+    assert code == 0, stderr
+    assert {topic for topic, _, _ in read_bag(out)} == {"/image", "/fpt/info", "/fpt/mask"}
+
+
 def test_depth_needs_a_model_that_takes_it(run, model: Path, tmp_path: Path) -> None:
     entries = [
         Entry(0.0, "/image", image(0, 0)),

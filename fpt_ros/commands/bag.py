@@ -118,12 +118,11 @@ def bag(
     values = _values(param or [])
     try:
         with bags.open_bag(source) as opened:
-            inputs = bags.find_inputs(opened, topics, namespace)
             predictor = load_predictor(model, backend, precision, graphs, providers, device)
-            if depth and predictor.config.flow_dim != 3:
-                raise UserError(
-                    f"--depth needs a three-dimensional model, received {predictor.config.name}"
-                )
+            config = predictor.config
+            if depth and config.flow_dim != 3:
+                raise UserError(f"--depth needs a three-dimensional model, received {config.name}")
+            inputs = bags.find_inputs(opened, topics, namespace, config.flow_dim)
             total = sum(c.msgcount for connections in inputs.values() for c in connections)
             with progress_bar("answering", "messages") as progress:
                 task = progress.add_task("", total=total)
