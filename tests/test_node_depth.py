@@ -433,7 +433,13 @@ def test_the_planner_takes_goals_in_space(user: DepthUser) -> None:
 
     def ask(header: Header, **fields: float) -> PlanPoke.Response:
         request = PlanPoke.Request(header=header, seed=7, **fields)
-        return client.call(PlanPoke, "/poke_planner/plan_poke", request, 60.0)
+        try:
+            return client.call(PlanPoke, "/poke_planner/plan_poke", request, 60.0)
+        except AssertionError as error:
+            code = planner.process.poll()
+            raise AssertionError(
+                f"{error}; planner, exit code {code}:\n{planner.output}"
+            ) from error
 
     with Process(module, user.domain) as planner:
 
