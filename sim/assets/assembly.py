@@ -53,7 +53,10 @@ def _box_sites(x: float, y: float, z: float, bottom: float) -> list[Site]:
 
 def _base(b: Builder, root: Body) -> tuple[list[Site], Extent]:
     """A solid that stands, with the faces where parts may be mounted."""
-    style = b.pick("box", "box", "box", "hollow", "stack", "round", "round", "post", "frame", "ell")
+    style = b.pick(
+        *("box", "box", "box", "box", "hollow", "hollow", "stack"),
+        *("round", "round", "round", "post", "frame", "ell"),
+    )
     x, y = b.uniform(0.15, 0.5), b.uniform(0.12, 0.4)
     z = float(np.exp(b.uniform(np.log(0.03), np.log(0.5))))
     if style == "box":
@@ -147,7 +150,7 @@ def _slab(
     """A flat thing in the x-y plane of `body`, its lower face at the height of `centre`."""
     (hx, hy), (x, y, z) = half, centre
     small = min(half)
-    style = b.pick("plate", "plate", "plate", "disc", "frame", "dome", "tub")
+    style = b.pick("plate", "plate", "disc", "disc", "frame", "dome", "tub")
     if style == "disc" and max(half) < 1.6 * small:
         b.cylinder(body, small, thick, (x, y, z + thick), "z", "front", index)
     elif style == "frame" and small > 0.06:
@@ -236,10 +239,15 @@ def _load(b: Builder, body: Body, reach: float, z: float, index: int) -> None:
 
 
 def _cover(b: Builder, frame: Body, half: tuple[float, float], index: int) -> Body:
-    """Lies on the face and opens about one of its edges."""
-    hx, hy = (i * b.uniform(0.5, 1.06) for i in half)
+    """Lies on the face, often on all of it, and opens about one of its edges.
+
+    Not about the one at +y, which on a top face is at the back: that is the kind "lid", held out.
+    """
+    least = b.pick(0.5, 0.97)
+    hx, hy = (i * b.uniform(least, 1.06) for i in half)
     thick = b.uniform(0.005, 0.03)
-    edge, side = b.pick("x", "y"), b.pick(-1, 1)  # the axis of the hinge, and where it lies
+    # The axis of the hinge, and where it lies.
+    edge, side = b.pick(("x", -1), ("y", -1), ("y", 1))
     limit = b.uniform(0.9, 2.3)
     low = -b.uniform(0, 0.3) if b.chance(0.2) else 0.0
     # Positive joint values lift the far side.
@@ -252,6 +260,18 @@ def _cover(b: Builder, frame: Body, half: tuple[float, float], index: int) -> Bo
     if b.chance(0.3):  # the hinge can be seen
         length = hx if edge == "x" else hy
         b.cylinder(part, 1.3 * thick, b.uniform(0.3, 1.0) * length, (0, 0, 0), edge, "joint", index)
+    return part
+
+
+def _cap(b: Builder, frame: Body, half: tuple[float, float], index: int) -> Body:
+    """Lies on all of the face and is taken off it, or pushed along it."""
+    hx, hy = (i * b.uniform(0.9, 1.08) for i in half)
+    far = b.uniform(0.3, 1.2) * max(half)
+    axis = b.pick((0, 0, 1), (0, 0, 1), (1, 0, 0), (0, 1, 0))
+    part = b.slide(frame, (0, 0, 0), axis, (0 if axis[2] else -far, far), rest=0.6)
+    _slab(b, part, (hx, hy), b.uniform(0.005, 0.08), (0, 0, 0), index)
+    if b.chance(0.2):
+        _load(b, part, min(half), 0.03, index)
     return part
 
 
@@ -375,8 +395,8 @@ def _piston(b: Builder, frame: Body, half: tuple[float, float], index: int) -> B
 
 
 _MOUNTS: tuple[Callable[[Builder, Body, tuple[float, float], int], Body], ...] = (
-    *(_cover, _cover, _spinner, _spinner, _swing, _stick),
-    *(_flag, _rocker, _shuttle, _piston),
+    *(_cover, _cover, _cover, _cover, _cap, _cap),
+    *(_spinner, _spinner, _swing, _stick, _flag, _rocker, _shuttle, _piston),
 )
 
 
