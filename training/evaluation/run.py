@@ -6,9 +6,9 @@ from __future__ import annotations
 import json
 import logging
 import subprocess
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from itertools import islice
+from itertools import islice, repeat
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -145,15 +145,12 @@ class Evaluation:
 
         Raises EvaluationError if the split has no scene.
         """
-        shards, every = self.shards[split], max(1, self.suite.scenes // report.SHEET)
-        count = 0
+        shards, on_sheet = self.shards[split], self._on_sheet()
 
         def call(scene: Any, rng: np.random.Generator) -> Row:
-            nonlocal count
             row, flows = measure(predictor, scene, self.suite, rng, thresholds_only)
-            if shown is not None and count % every == 0 and len(shown) < report.SHEET:
+            if next(on_sheet) and shown is not None:
                 shown.append(report.Shown(scene, flows))
-            count += 1
             return row
 
         rows = self._rows(split, scenes(shards, self.suite, self.seed), call)
@@ -228,15 +225,13 @@ class Evaluation:
         drawn_by_us = split in SPLITS and split != "foreign"
         if predictor.config.flow_dim != 3 or not drawn_by_us or isinstance(shards, TrackShards):
             return {}
-        every, count = max(1, suite.scenes // report.SHEET), 0
         shown: list[ShownDepth] = []
+        on_sheet = self._on_sheet()
 
         def call(scene: DepthScene, rng: np.random.Generator) -> Row:
-            nonlocal count
             row, picture = measure_depth(predictor, self.planar, scene, suite.grid)
-            if count % every == 0 and len(shown) < report.SHEET:
+            if next(on_sheet):
                 shown.append(picture)
-            count += 1
             return row
 
         found = depth_scenes(shards, split, suite, self.seed)
@@ -245,6 +240,15 @@ class Evaluation:
         if out is not None:
             report.write_picture(depth_sheet(shown, suite.grid), out / f"{split}-depth.png")
         return {"depth": depth_figures(rows, suite.intervals_over)}
+
+    def _on_sheet(self) -> Iterator[bool]:
+        """Whether the next scene is for the picture: the first, then one at random of each so many
+        in a row. Kinds of scenes come in turns, and in even steps some might be skipped."""
+        rng, every = np.random.default_rng(self.seed), max(1, self.suite.scenes // report.SHEET)
+        for part in range(report.SHEET):
+            chosen = rng.integers(every) if part else 0
+            yield from (i == chosen for i in range(every))
+        yield from repeat(False)
 
     def _draw(
         self,
