@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
@@ -28,8 +29,17 @@ STAGES = (
 )
 """The steps of the node's work."""
 
-TIMES = (*(f"{stage} time" for stage in STAGES), "processing time", "pipeline latency")
-"""What is timed: each stage, all of them for one image, and from its stamp to its last output."""
+MODEL_STAGES = frozenset(("encode", "predict", "dense", "flow", "influence"))
+"""The stages that the model library computes; all else is the node's own."""
+
+TIMES = (
+    *(f"{stage} time" for stage in STAGES),
+    "processing time",
+    "overhead time",
+    "pipeline latency",
+)
+"""What is timed: each stage; all that is done for one image, and what of that is the node's own;
+from its stamp to its last output."""
 
 _WINDOW = 100  # latest times that the figures are taken over
 _LOG_INTERVAL_S = 1.0  # between two log lines about the same kind of error
@@ -52,6 +62,7 @@ class Monitor:
         self._times_ms: dict[str, deque[float]] = {name: deque(maxlen=_WINDOW) for name in TIMES}
         self._logged_at: dict[str, float] = {}
         self._image_at = -math.inf
+        self.model_ms = 0.0  # all time of MODEL_STAGES so far
         self._at_work: dict[str, float] = {}  # stages, and when they began
         self._last_error = ""
         self._failure = ""
@@ -110,7 +121,10 @@ class Monitor:
         finally:
             with self._lock:
                 del self._at_work[name]
-        self.time(f"{name} time", 1e3 * (time.monotonic() - start))
+        duration_ms = 1e3 * (time.monotonic() - start)
+        if name in MODEL_STAGES:
+            self.model_ms += duration_ms
+        self.time(f"{name} time", duration_ms)
 
     def status(
         self, name: str, hardware_id: str, state: str, facts: dict[str, str], stuck_after_s: float
@@ -148,7 +162,7 @@ class Monitor:
             values.update((what, str(n)) for what, n in sorted(self._counts.items()))
             for what, times in self._times_ms.items():
                 values[what] = (
-                    f"{times[-1]:.1f} ms, mean {sum(times) / len(times):.1f}" if times else "n/a"
+                    f"{times[-1]:.1f} ms, median {statistics.median(times):.1f}" if times else "n/a"
                 )
             values["at work"] = f"{stage}, for {now - began:.1f} s" if stage else "n/a"
             values["last error"] = self._last_error or "none"

@@ -159,7 +159,7 @@ class Worker:
 
     def process(self, batch: Batch) -> None:
         """Answer what is new on the topics, and queue what services and actions ask."""
-        began = time.monotonic()
+        began, model_ms = time.monotonic(), self._monitor.model_ms
         new = self._take_up(batch)
         newest = self._current
         heard = any(publisher.get_subscription_count() for publisher, _ in self._outputs)
@@ -198,7 +198,10 @@ class Worker:
             if self._open(held):
                 self._answer(held)
         if new and newest is not None and newest in named and newest.view is not None:
-            self._monitor.time("processing time", 1e3 * (time.monotonic() - began))
+            duration_ms = 1e3 * (time.monotonic() - began)
+            self._monitor.time("processing time", duration_ms)
+            of_model_ms = self._monitor.model_ms - model_ms
+            self._monitor.time("overhead time", duration_ms - of_model_ms)
             if stamp_ns(newest.header):
                 self._monitor.time("pipeline latency", self._age_ms(newest.header))
 
