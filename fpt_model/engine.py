@@ -8,7 +8,7 @@ callers hold it and hand it back.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any, Protocol
 
@@ -25,6 +25,7 @@ from fpt_model.model import (
     Layer,
     PokeContext,
 )
+from fpt_model.packed import can_pack, pack
 
 Array = NDArray[np.float32]
 
@@ -88,11 +89,18 @@ class TorchEngine:
     providers: tuple[str, ...] = ()
 
     def __init__(
-        self, model: FlowPokeTransformer, device: str, precision: str, compile: bool = False
+        self,
+        model: FlowPokeTransformer,
+        device: str,
+        precision: str,
+        compile: bool = False,
+        in_place: bool = False,
     ) -> None:
         self._device = torch.device(device)
         self.device = str(self._device)
-        self.model = prepare(model, self._device, PRECISIONS[precision])
+        self.model = prepare(model, self._device, PRECISIONS[precision], in_place)
+        if precision == "bf16" and self._device.type == "cpu" and can_pack():
+            pack(self.model)
         if compile:
             compile_layers(self.model)
 
@@ -156,9 +164,9 @@ class FoldedRMSNorm(nn.Module):
 
 @torch.no_grad()
 def prepare(
-    model: FlowPokeTransformer, device: torch.device, dtype: torch.dtype
+    model: FlowPokeTransformer, device: torch.device, dtype: torch.dtype, in_place: bool = False
 ) -> FlowPokeTransformer:
-    """A copy of ``model`` for inference on ``device``; ``model`` itself is not changed.
+    """A copy of ``model`` for inference on ``device``; ``model`` is changed only if ``in_place``.
 
     The conditioning of all norms is computed once for both values of the static-camera flag, so
     that a prediction does not read those matrices again (a seventh of fpt-base's transformer).
@@ -166,25 +174,41 @@ def prepare(
     need no conversion are shared with ``model``.
     """
     shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    out = copy.deepcopy(model, shared).eval()
-    conditions = model.cond_emb.weight
+    out = model if in_place else copy.deepcopy(model, shared).eval()
+    conditions = out.cond_emb.weight
     for module in list(out.modules()):
         for name, child in module.named_children():
             if isinstance(child, AdaRMSNorm):
                 setattr(module, name, FoldedRMSNorm(child, conditions))
     out.cond_emb = nn.Identity()  # type: ignore[assignment]
+    for module, name, parameter, own in _typed_parameters(out, dtype):
+        value = parameter.detach().to(device, own)
+        module._parameters[name] = nn.Parameter(value, requires_grad=False)
     for module in out.modules():
-        # the last layer is small, and its outputs are what rounding would show in
-        exact = isinstance(module, _EXACT) or module is out.head[-1]
-        own = torch.float32 if exact else dtype
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                value = parameter.detach().to(device, own)
-                module._parameters[name] = nn.Parameter(value, requires_grad=False)
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = buffer.to(device)
     return out
+
+
+def weight_types(model: FlowPokeTransformer, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """By parameter, the type in which :func:`prepare` makes use of it for ``dtype``."""
+    types = {id(parameter): own for _, _, parameter, own in _typed_parameters(model, dtype)}
+    return {name: types[id(parameter)] for name, parameter in model.named_parameters()}
+
+
+def _typed_parameters(
+    model: FlowPokeTransformer, dtype: torch.dtype
+) -> Iterator[tuple[nn.Module, str, nn.Parameter, torch.dtype]]:
+    """Each parameter with its module, its name there, and its type in a prepared model."""
+    # the last layer is small, and its outputs are what rounding would show in
+    exact = {model.head[-1], model.cond_emb}
+    exact |= {m.linear for m in model.modules() if isinstance(m, AdaRMSNorm)}  # these are folded
+    for module in model.modules():
+        own = torch.float32 if isinstance(module, _EXACT) or module in exact else dtype
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None:
+                yield module, name, parameter, own
 
 
 def compile_layers(model: FlowPokeTransformer) -> None:

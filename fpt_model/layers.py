@@ -22,6 +22,17 @@ class RMSNorm(nn.RMSNorm):
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
+class QKV(nn.Linear):
+    """Queries, keys and values of attention by one product, ``[..., W]`` to ``[..., 3 W]``."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, 3 * width, bias=False)
+
+    def values(self, x: Tensor) -> Tensor:
+        """The values alone."""
+        return F.linear(x, self.weight.chunk(3)[2])
+
+
 class AxialRoPE(nn.Module):
     """2-D axial rotary embedding; frequencies pi..10 pi spread over all heads of a layer."""
 

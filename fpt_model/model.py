@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from fpt_model.config import FPTConfig
 from fpt_model.encoder import ImageEncoder
 from fpt_model.layers import (
+    QKV,
     AxialRoPE,
     RMSNorm,
     Rotation,
@@ -138,7 +139,7 @@ class Layer(nn.Module):
         self.self_norm, self.cross_norm, self.ffn_norm = (AdaRMSNorm(w) for _ in range(3))
         self.self_scale = nn.Parameter(torch.full((config.heads,), 10.0))
         self.cross_scale = nn.Parameter(torch.full((config.heads,), 10.0))
-        self.self_qkv = nn.Linear(w, 3 * w, bias=False)
+        self.self_qkv = QKV(w)
         self.self_out = nn.Linear(w, w, bias=False)
         self.cross_q = nn.Linear(w, w, bias=False)
         self.cross_kv = nn.Linear(image_dim, 2 * w, bias=False)
@@ -196,7 +197,7 @@ class Layer(nn.Module):
             k, v = past
             if k is None or v is None:
                 k = v = x.new_empty(len(x), self.heads, 0, x.shape[-1] // self.heads)
-            return F.linear(x, self.self_qkv.weight.chunk(3)[2]), (k, v)
+            return self.self_qkv.values(x), (k, v)
         qkv = self.self_qkv(x).chunk(3, -1)
         q, k, v = (split_heads(t, self.heads) for t in qkv)
         q, k = (rotated_cosine(t, self.self_scale, rotation) for t in (q, k))

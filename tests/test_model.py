@@ -10,7 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from closeness import assert_close, assert_mixtures_close
+from torch import nn
 
 from fpt_model import (
     CheckpointError,
@@ -20,10 +22,13 @@ from fpt_model import (
     FPTConfig,
     geometry,
     load_model,
+    packed,
     save_model,
 )
-from fpt_model.layers import position_features
+from fpt_model.backends import Precision
+from fpt_model.layers import QKV, position_features
 from fpt_model.model import mixture_parameters, negative_log_likelihood
+from fpt_model.packed import PackedLinear, PackedQKV, can_pack, pack
 
 SMALL = FPTConfig(
     name="small",
@@ -487,6 +492,19 @@ class TestPredictor:
         )
         assert_close(rough.means, exact.means, 0.05 * np.abs(exact.means).max())
 
+    @pytest.mark.parametrize("precision", ["fp32", "bf16"])
+    def test_loading_from_a_file_changes_nothing(
+        self, model: FlowPokeTransformer, image: np.ndarray, tmp_path: Path, precision: Precision
+    ) -> None:
+        save_model(model, tmp_path / "m.safetensors")
+        loaded = FlowPredictor.load(tmp_path / "m.safetensors", precision=precision)
+        made, found = (
+            p.predict(p.encode(image), self.POS, self.FLOW, geometry.grid((4, 4)))
+            for p in (FlowPredictor(model, precision=precision), loaded)
+        )
+        np.testing.assert_array_equal(found.means, made.means)
+        np.testing.assert_array_equal(found.scale_tril, made.scale_tril)
+
     @pytest.mark.parametrize(
         ("pos", "flow", "message"),
         [
@@ -515,6 +533,42 @@ class TestPredictor:
     def test_bad_images(self, predictor: FlowPredictor, bad: object, message: str) -> None:
         with pytest.raises(ValueError, match=message):
             predictor.encode(bad)  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(not can_pack(), reason="no packed products of bfloat16 here")
+class TestPacked:
+    """Of the sizes of fpt-base, whose weights are large enough to be packed."""
+
+    # one, some, and so many rows that the product is computed in parts, with a part left over
+    @pytest.mark.parametrize("shape", [(768,), (1, 2, 768), (2, 515, 768)])
+    @torch.inference_mode()
+    def test_products(self, shape: tuple[int, ...]) -> None:
+        torch.manual_seed(0)
+        linear = nn.Linear(768, 768, dtype=torch.bfloat16)
+        x = torch.randn(shape, dtype=torch.bfloat16)
+        found, exact = PackedLinear(linear)(x), F.linear(x.float(), linear.weight.float())
+        assert found.shape == x.shape
+        assert_close(found.float(), exact + linear.bias.float(), 0.02)
+
+    @torch.inference_mode()
+    def test_a_stack_is_replaced_and_keeps_its_outputs(self) -> None:
+        torch.manual_seed(0)
+        stack = nn.Sequential(QKV(768), nn.SiLU(), nn.Linear(2304, 256), nn.Linear(256, 2))
+        stack.to(torch.bfloat16)
+        x = torch.randn(3, 768, dtype=torch.bfloat16)
+        expected, values = stack(x), stack[0].values(x)
+        pack(stack)
+        assert [type(m) for m in stack] == [PackedQKV, nn.SiLU, PackedLinear, nn.Linear]
+        assert not list(stack[0].parameters())
+        assert_close(stack(x).float(), expected.float(), 0.02)
+        assert_close(stack[0].values(x).float(), values.float(), 0.02)
+
+    def test_weights_go_with_their_layers(self) -> None:
+        before = len(packed._packed)
+        layer = PackedLinear(nn.Linear(8, 8, dtype=torch.bfloat16))
+        assert len(packed._packed) == before + 1
+        del layer
+        assert len(packed._packed) == before
 
 
 class Hostile:

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: MIT
+"""Linear layers for inference whose weights lie in memory as oneDNN's products read them.
+
+A product of few rows is bound by reading the weights; torch's own bfloat16 layout is read at about
+half of the memory's rate, since oneDNN must rearrange it on the way.
+"""
+
+from __future__ import annotations
+
+import weakref
+from functools import cache
+from itertools import count
+
+import torch
+from torch import Tensor, nn
+
+from fpt_model.layers import QKV
+
+_LEAST = 2**19
+"""Weights of fewer elements stay in the caches, where the layout matters less than the call."""
+
+# Of two threads, oneDNN leaves one idle in products of more than 384 and fewer than 2048 rows with
+# up to 1024 columns, as those of fpt-base's 1029 image tokens to the width 768: parts of 384 rows
+# are 1.4 to 1.6 times as fast.
+_NARROW, _PART, _MANY = 1024, 384, 2048
+
+_packed: dict[int, tuple[Tensor, Tensor | None]] = {}  # weight and bias by handle
+_handles = count()
+
+# torch.compile cannot look into oneDNN's tensors: compiled code gets a number in their place, in a
+# tensor, so that the layers of a stack still share their code.
+_library = torch.library.Library("fpt_model", "DEF")
+_library.define("packed_linear(Tensor x, Tensor handle, int out_features) -> Tensor")
+
+
+@torch.library.impl(_library, "packed_linear", "CPU")
+def _packed_linear(x: Tensor, handle: Tensor, out_features: int) -> Tensor:
+    weight, bias = _packed[int(handle)]
+
+    def product(x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+    rows = x.numel() // x.shape[-1]
+    if out_features <= _NARROW and _PART < rows < _MANY and torch.get_num_threads() <= 2:
+        parts = [product(part) for part in x.flatten(0, -2).split(_PART)]
+        return torch.cat(parts).view(*x.shape[:-1], out_features)
+    return product(x)
+
+
+@torch.library.register_fake("fpt_model::packed_linear", lib=_library)
+def _shape(x: Tensor, handle: Tensor, out_features: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
+@cache
+def can_pack() -> bool:
+    """Whether this processor and this torch have packed products of bfloat16."""
+    try:
+        if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            return False
+        linear = nn.Linear(4, 4, dtype=torch.bfloat16)
+        with torch.inference_mode():
+            PackedLinear(linear)(torch.zeros(1, 4, dtype=torch.bfloat16))
+    except (AttributeError, RuntimeError):  # torch built without oneDNN, or another interface
+        return False
+    return True
+
+
+class PackedLinear(nn.Module):
+    """What ``linear``, of bfloat16 on the CPU, computes; it does not keep its weight."""
+
+    handle: Tensor
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        number = next(_handles)
+        bias = None if linear.bias is None else linear.bias.detach()
+        weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach().contiguous())
+        _packed[number] = weight, bias
+        weakref.finalize(self, _packed.pop, number)
+        self.register_buffer("handle", torch.tensor(number), persistent=False)
+        self.out_features = linear.out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., in_features]`` to ``[..., out_features]``."""
+        return torch.ops.fpt_model.packed_linear(x, self.handle, self.out_features)
+
+
+class PackedQKV(PackedLinear):
+    """A :class:`~fpt_model.layers.QKV`; its part for values alone is packed a second time."""
+
+    def __init__(self, linear: QKV) -> None:
+        super().__init__(linear)
+        width = linear.in_features
+        values = nn.Linear(width, width, bias=False, device="meta")
+        values.weight = nn.Parameter(linear.weight.detach().chunk(3)[2], requires_grad=False)
+        self.values = PackedLinear(values)
+
+
+def pack(model: nn.Module) -> None:
+    """Replace the large linear layers of bfloat16 of ``model``, in place."""
+    # a list of the linear layers themselves would keep them all until its end
+    parents = [module for module in model.modules() if not isinstance(module, nn.Linear)]
+    for module in parents:
+        for name, child in list(module.named_children()):
+            # the token embedding multiplies with parts of its weight
+            if not isinstance(child, nn.Linear) or name == "project":
+                continue
+            if child.weight.numel() >= _LEAST and child.weight.dtype == torch.bfloat16:
+                packed = PackedQKV(child) if isinstance(child, QKV) else PackedLinear(child)
+                setattr(module, name, packed)
