@@ -46,6 +46,7 @@ def open_engine(
     providers: Sequence[str],
     strict: bool,
     compile: bool = False,
+    in_place: bool = False,
 ) -> Active:
     """See :class:`~fpt_model.predictor.FlowPredictor`, which has these arguments."""
     preferred = "onnxruntime" if graphs else "torch"
@@ -69,7 +70,7 @@ def open_engine(
             # what PyTorch has not (fp16, int8) becomes the exact one
             precision = precision if precision in PRECISIONS else "fp32"
             _log.warning("PyTorch runs the model in %s, not ONNX Runtime: %s", precision, error)
-    return Active(TorchEngine(model, device, precision, compile), "torch", precision)
+    return Active(TorchEngine(model, device, precision, compile, in_place), "torch", precision)
 
 
 def _open_onnx(

@@ -3,15 +3,17 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import os
 import sys
 import threading
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from fpt_model.config import FPT_BASE, FPTConfig
+from fpt_model.engine import weight_types
 from fpt_model.model import FlowPokeTransformer
 
 _CONFIG_KEY = "fpt_config"
@@ -38,6 +41,7 @@ _PREFIXES = (
 )
 # of its tensors those that are never applied, or constants
 _UNUSED = (".cross_out.weight", "pos_emb.freqs", "input_mlp.coeffs", "mask_token")
+_QUERY = "embed.query_token"
 _POSITIONS = "encoder.backbone.pos_embed"
 _CLASS_TOKEN = "encoder.backbone.cls_token"
 _PATCH = 14  # px, of the reference's DINOv2
@@ -70,11 +74,19 @@ def resolve_model(model: str | os.PathLike[str]) -> Path:
     )
 
 
-def load_model(model: str | os.PathLike[str]) -> FlowPokeTransformer:
+def load_model(
+    model: str | os.PathLike[str], dtype: torch.dtype = torch.float32
+) -> FlowPokeTransformer:
     """Load a shipped model by name, a ``.safetensors`` file, or the published FPT ``.pt`` file.
 
     The published weights (``flow_poke_open_set_base.pt``) are licensed CC BY-NC 4.0 by their
-    authors: not for commercial use. The model is in eval mode, float32, on the CPU.
+    authors: not for commercial use. The model is in eval mode, on the CPU, and does not depend on
+    the file any more.
+
+    Args:
+        dtype: of those weights that an engine of this precision converts; all others, and by
+            default all, are float32. For :meth:`FlowPredictor.load`, which needs little more memory
+            than the weights then take.
 
     Raises:
         FileNotFoundError: neither a file nor a shipped name.
@@ -82,9 +94,16 @@ def load_model(model: str | os.PathLike[str]) -> FlowPokeTransformer:
     """
     path = resolve_model(model)
     if path.suffix == ".safetensors":
-        return _load_safetensors(path)
+        return _load_safetensors(path, dtype)
+    return _from_reference(_MappedFile(partial(_open_published, path)), FPT_BASE, dtype)
+
+
+def _open_published(path: Path) -> tuple[Callable[[str], Any], list[str]]:
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        # only zip archives, what torch writes today, can be mapped
+        content = torch.load(
+            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+        )
     except Exception as error:  # torch raises many types for damaged or hostile files
         raise CheckpointError(
             f"{path} is not a readable weights-only checkpoint: {error}"
@@ -92,14 +111,14 @@ def load_model(model: str | os.PathLike[str]) -> FlowPokeTransformer:
     state = content.get("model") if isinstance(content, dict) else None
     if not isinstance(state, dict):
         raise CheckpointError(f'{path} must hold a dict with the state dict under "model"')
-    return _from_reference(state, FPT_BASE)
+    return state.__getitem__, list(state)
 
 
-def _load_safetensors(path: Path) -> FlowPokeTransformer:
+def _load_safetensors(path: Path, dtype: torch.dtype) -> FlowPokeTransformer:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        state = _MappedFile(partial(_open_safetensors, path))
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
     if _CONFIG_KEY not in metadata:
@@ -108,7 +127,44 @@ def _load_safetensors(path: Path) -> FlowPokeTransformer:
         config = FPTConfig.from_dict(json.loads(metadata[_CONFIG_KEY]))
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{path} has an unusable configuration: {error}") from error
-    return _build(config, state, str(path))
+    made = {name: partial(state.__getitem__, name) for name in state}
+    return _build(config, made, str(path), dtype=dtype)
+
+
+def _open_safetensors(path: Path) -> tuple[Callable[[str], Any], list[str]]:
+    file = safe_open(path, framework="pt")
+    return file.get_tensor, list(file.keys())
+
+
+class _MappedFile(Mapping[str, Any]):
+    """Tensors of a file that is mapped into memory, where each page that was read stays.
+
+    So the file is opened anew, by ``open``, whenever much of it was read.
+    """
+
+    _LIMIT = 2**24  # bytes
+
+    def __init__(self, open: Callable[[], tuple[Callable[[str], Any], list[str]]]) -> None:
+        self._open = open
+        self._get, self._names = open()
+        self._seen = 0
+
+    def __getitem__(self, name: str) -> Any:
+        if self._seen > self._LIMIT:
+            self._get, _ = self._open()
+            self._seen = 0
+        value = self._get(name)
+        self._seen += value.nbytes if isinstance(value, Tensor) else 0
+        return value
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def save_model(
@@ -132,26 +188,36 @@ def from_reference(state_dict: Mapping[str, Tensor], config: FPTConfig) -> FlowP
     Its DINOv2 position table is resampled once, here, to the configuration's token grid (bicubic,
     antialiased). Tensors that its forward pass never uses are dropped.
     """
-    return copy.deepcopy(_from_reference(state_dict, config))
+    return _from_reference(state_dict, config)
 
 
-def _from_reference(state_dict: Mapping[str, Tensor], config: FPTConfig) -> FlowPokeTransformer:
-    """The same, but the model has the very tensors of the state dict, where it can."""
+def _from_reference(
+    state_dict: Mapping[str, Any], config: FPTConfig, dtype: torch.dtype = torch.float32
+) -> FlowPokeTransformer:
     origin = "the reference state dict"
-    for key, value in state_dict.items():
+
+    def tensor(name: str, dims: int | None = None) -> Tensor:
+        value = state_dict[name]
         if not isinstance(value, Tensor):
-            raise CheckpointError(f"{origin}: {key!r} is no tensor, received {type(value)}")
-    state = {_own_name(k): v for k, v in state_dict.items() if not k.endswith(_UNUSED)}
-    for name in ("embed.query_token", _POSITIONS, _CLASS_TOKEN):
-        if name in state and state[name].ndim != 3:
+            raise CheckpointError(f"{origin}: {name!r} is no tensor, received {type(value)}")
+        if dims is not None and value.ndim != dims:
             raise CheckpointError(
-                f"{origin}: tensor {_reference_name(name)!r} has shape "
-                f"{list(state[name].shape)}, expected 3 dimensions"
+                f"{origin}: tensor {name!r} has shape {list(value.shape)}, expected {dims} "
+                "dimensions"
             )
-    if "embed.query_token" in state:
-        state["embed.query_token"] = state["embed.query_token"].flatten()
-    if _POSITIONS in state and _CLASS_TOKEN in state:
-        table, token = state[_POSITIONS], state[_CLASS_TOKEN]
+        return value
+
+    strange = [name for name in state_dict if not isinstance(name, str)]
+    if strange:
+        raise CheckpointError(f"{origin}: {strange[0]!r} is no name of a tensor")
+    names = {_own_name(name): name for name in state_dict if not name.endswith(_UNUSED)}
+    made: dict[str, Callable[[], Tensor]] = {
+        own: partial(tensor, name) for own, name in names.items()
+    }
+    if _QUERY in names:
+        made[_QUERY] = lambda: tensor(names[_QUERY], 3).flatten()
+    if _POSITIONS in names and _CLASS_TOKEN in names:
+        table, token = (tensor(names[name], 3) for name in (_POSITIONS, _CLASS_TOKEN))
         side = math.isqrt(table.shape[1] - 1) if table.shape[1] else 0
         if side**2 + 1 != table.shape[1] or table.shape[2] != token.shape[2] or not side:
             raise CheckpointError(
@@ -159,9 +225,9 @@ def _from_reference(state_dict: Mapping[str, Tensor], config: FPTConfig) -> Flow
                 f"{list(table.shape)}, expected [1, 1 + n * n, {token.shape[2]}]"
             )
         # timm's model with registers has no position for the class token: it is added to the token
-        state[_CLASS_TOKEN] = token + table[:, :1]
-        state[_POSITIONS] = _resample_positions(table[:, 1:], config.image_size // _PATCH)
-    return _build(config, state, origin, _reference_name)
+        made[_CLASS_TOKEN] = lambda: token + table[:, :1]
+        made[_POSITIONS] = lambda: _resample_positions(table[:, 1:], config.image_size // _PATCH)
+    return _build(config, made, origin, _reference_name, dtype)
 
 
 def _own_name(reference: str) -> str:
@@ -190,36 +256,38 @@ def _resample_positions(table: Tensor, side: int) -> Tensor:
 
 def _build(
     config: FPTConfig,
-    state: Mapping[str, Tensor],
+    made: Mapping[str, Callable[[], Tensor]],
     origin: str,
     name_of: Callable[[str], str] = str,
+    dtype: torch.dtype = torch.float32,
 ) -> FlowPokeTransformer:
-    """A model of the tensors of ``state``, strictly; CheckpointError names the first misfit.
+    """A model of copies of the tensors that are ``made``; CheckpointError names the first misfit.
 
-    They are not copied unless they are of another type. ``name_of`` gives the name in ``origin`` of
-    a tensor of ours.
+    ``name_of`` gives the name in ``origin`` of a tensor of ours; ``dtype`` as in
+    :func:`load_model`.
     """
     try:
         with _parameters_without_memory():
             model = FlowPokeTransformer(config)
     except (RuntimeError, TypeError, ValueError) as error:
         raise CheckpointError(f"{origin}: cannot build {config.encoder!r}: {error}") from error
-    expected = model.state_dict()
+    expected, types, own = model.state_dict(), weight_types(model, dtype), {}
     for key, tensor in expected.items():
         name = f"{origin}: tensor {name_of(key)!r}"
-        if key not in state:
+        if key not in made:
             raise CheckpointError(f"{name} {list(tensor.shape)} is missing")
-        if state[key].shape != tensor.shape:
+        value = made[key]()
+        if value.shape != tensor.shape:
             raise CheckpointError(
-                f"{name} has shape {list(state[key].shape)}, expected {list(tensor.shape)}"
+                f"{name} has shape {list(value.shape)}, expected {list(tensor.shape)}"
             )
-        if not torch.isfinite(state[key]).all():
+        if not torch.isfinite(value).all():
             raise CheckpointError(f"{name} has values that are not finite")
-    for key in state:
+        own[key] = value.to(types.get(key, tensor.dtype), copy=True)
+    for key in made:
         if key not in expected:
-            found = f"{name_of(key)!r} {list(state[key].shape)}"
+            found = f"{name_of(key)!r} {list(made[key]().shape)}"
             raise CheckpointError(f"{origin}: unexpected tensor {found}")
-    own = {key: state[key].to(tensor.dtype) for key, tensor in expected.items()}
     model.load_state_dict(own, assign=True)
     return model.eval()
 

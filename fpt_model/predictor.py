@@ -7,6 +7,7 @@ unit (fractions of the image's width and height). See :mod:`fpt_model.geometry`.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from fpt_model.backends import Choice, Precision, open_engine
+from fpt_model.checkpoint import load_model
 from fpt_model.encoder import preprocess
 from fpt_model.engine import Context
 from fpt_model.geometry import ModelView, grid
@@ -82,6 +84,8 @@ class FlowPredictor:
         compile: of "torch": fuse operations by torch.compile, which needs a C++ compiler. Large
             grids are twice as fast; shapes of a new nature (the first poke, the first batch) take
             seconds when first asked about.
+        in_place: of "torch": convert ``model`` itself, which is of no use to others afterwards,
+            and so never hold two of it.
 
     Attributes:
         backend, precision, device, providers: what really runs the model.
@@ -100,11 +104,33 @@ class FlowPredictor:
         providers: Sequence[str] = ("cpu",),
         strict: bool = False,
         compile: bool = False,
+        in_place: bool = False,
     ) -> None:
-        active = open_engine(model, backend, device, precision, graphs, providers, strict, compile)
+        active = open_engine(
+            model, backend, device, precision, graphs, providers, strict, compile, in_place
+        )
         self.engine, self.backend, self.precision = active.engine, active.backend, active.precision
         self.device, self.providers = self.engine.device, self.engine.providers
         self.config = model.config
+
+    @classmethod
+    def load(
+        cls,
+        model: str | os.PathLike[str],
+        backend: Choice = "auto",
+        device: str = "cpu",
+        precision: Precision = "fp32",
+        graphs: str | Path | None = None,
+        **options: Any,
+    ) -> FlowPredictor:
+        """The predictor of a shipped model's name or a file, and of further ``options`` as above.
+
+        Takes the least memory: no weight is held twice, or in float32 for "bf16". Raises what
+        :func:`~fpt_model.checkpoint.load_model` and the constructor raise.
+        """
+        converted = precision == "bf16" and not graphs
+        weights = load_model(model, torch.bfloat16 if converted else torch.float32)
+        return cls(weights, backend, device, precision, graphs, in_place=True, **options)
 
     def encode(self, image: NDArray[np.uint8]) -> Scene:
         """Encode a uint8 RGB image ``[H, W, 3]``; ValueError for anything else."""

@@ -47,7 +47,7 @@ from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 from std_msgs.msg import Float64
 from visualization_msgs.msg import MarkerArray
 
-from fpt_model import FlowPredictor, load_model
+from fpt_model import FlowPredictor
 from fpt_msgs.action import SampleFlow
 from fpt_msgs.msg import ModelInfo, PokeArray, QueryArray
 from fpt_ros.inbox import Request
@@ -270,8 +270,8 @@ class FptNode(LifecycleNode):
         if self._value("threads"):
             torch.set_num_threads(self._value("threads"))
         with self._backend_warnings():
-            predictor = FlowPredictor(
-                load_model(self._value("model")),
+            predictor = FlowPredictor.load(
+                self._value("model"),
                 backend=self._value("backend"),
                 device=self._value("device"),
                 precision=self._value("precision"),

@@ -63,6 +63,7 @@ def load_predictor(
             graphs,
             providers.split(","),
             strict=True,
+            in_place=True,
         )
     except (BackendError, OSError, RuntimeError, ValueError) as error:
         raise UserError(str(error)) from error
