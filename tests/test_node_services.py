@@ -571,7 +571,9 @@ def test_latencies_are_published_and_told(compressed: User) -> None:
         assert times
         assert all(0 < value < 60_000 for value in times)
     values = values_of(compressed.diagnostics(lambda values: True))
-    assert values["encode time"].split()[1:3] == ["ms,", "mean"]
+    assert values["encode time"].split()[1:3] == ["ms,", "median"]
+    latest = {name: float(values[f"{name} time"].split()[0]) for name in ("processing", "overhead")}
+    assert 0 < latest["overhead"] < latest["processing"]
     assert values["sample time"] == "n/a"
 
 
