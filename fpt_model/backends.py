@@ -37,6 +37,13 @@ class Active:
     precision: Precision
 
 
+def chosen_backend(backend: Choice, graphs: str | Path | None) -> Backend:
+    """What is tried first."""
+    if backend == "auto":
+        return "onnxruntime" if graphs else "torch"
+    return backend
+
+
 def open_engine(
     model: FlowPokeTransformer,
     backend: Choice,
@@ -49,8 +56,7 @@ def open_engine(
     in_place: bool = False,
 ) -> Active:
     """See :class:`~fpt_model.predictor.FlowPredictor`, which has these arguments."""
-    preferred = "onnxruntime" if graphs else "torch"
-    chosen = preferred if backend == "auto" else backend
+    chosen = chosen_backend(backend, graphs)
     for name, value, choices in (
         ("backend", backend, get_args(Choice)),
         ("precision", precision, get_args(Precision) if chosen != "torch" else tuple(PRECISIONS)),

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from fpt_model.config import FPT_BASE, FPTConfig
-from fpt_model.engine import weight_types
+from fpt_model.engine import refuse_prepared, weight_types
 from fpt_model.model import FlowPokeTransformer
 
 _CONFIG_KEY = "fpt_config"
@@ -45,6 +45,7 @@ _QUERY = "embed.query_token"
 _POSITIONS = "encoder.backbone.pos_embed"
 _CLASS_TOKEN = "encoder.backbone.cls_token"
 _PATCH = 14  # px, of the reference's DINOv2
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class CheckpointError(ValueError):
@@ -95,15 +96,26 @@ def load_model(
     path = resolve_model(model)
     if path.suffix == ".safetensors":
         return _load_safetensors(path, dtype)
-    return _from_reference(_MappedFile(partial(_open_published, path)), FPT_BASE, dtype)
+    state: Mapping[str, Any]
+    if _can_map(path):
+        state = _MappedFile(path, partial(_open_published, path, mmap=True))
+    else:
+        state = _open_published(path, mmap=False)
+    return _from_reference(state, FPT_BASE, dtype)
 
 
-def _open_published(path: Path) -> tuple[Callable[[str], Any], list[str]]:
+def _can_map(path: Path) -> bool:
+    """Zip archives, what torch writes today; torch would take compressed bytes for weights."""
     try:
-        # only zip archives, what torch writes today, can be mapped
-        content = torch.load(
-            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-        )
+        with zipfile.ZipFile(path) as archive:
+            return all(part.compress_type == zipfile.ZIP_STORED for part in archive.infolist())
+    except (zipfile.BadZipFile, OSError):
+        return False
+
+
+def _open_published(path: Path, mmap: bool) -> dict[str, Any]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # torch raises many types for damaged or hostile files
         raise CheckpointError(
             f"{path} is not a readable weights-only checkpoint: {error}"
@@ -111,16 +123,12 @@ def _open_published(path: Path) -> tuple[Callable[[str], Any], list[str]]:
     state = content.get("model") if isinstance(content, dict) else None
     if not isinstance(state, dict):
         raise CheckpointError(f'{path} must hold a dict with the state dict under "model"')
-    return state.__getitem__, list(state)
+    return state
 
 
 def _load_safetensors(path: Path, dtype: torch.dtype) -> FlowPokeTransformer:
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-        state = _MappedFile(partial(_open_safetensors, path))
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
+    state = _MappedFile(path, partial(_Safetensors, path))
+    metadata = state.content.metadata
     if _CONFIG_KEY not in metadata:
         raise CheckpointError(f"{path} has no {_CONFIG_KEY!r} in its metadata, is it an FPT model?")
     try:
@@ -131,34 +139,64 @@ def _load_safetensors(path: Path, dtype: torch.dtype) -> FlowPokeTransformer:
     return _build(config, made, str(path), dtype=dtype)
 
 
-def _open_safetensors(path: Path) -> tuple[Callable[[str], Any], list[str]]:
-    file = safe_open(path, framework="pt")
-    return file.get_tensor, list(file.keys())
+class _Safetensors(Mapping[str, Tensor]):
+    """A safetensors file; CheckpointError if it is none."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self._file = safe_open(path, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
+        self.metadata: dict[str, str] = self._file.metadata() or {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor: Tensor = self._file.get_tensor(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file.keys())
+
+    def __len__(self) -> int:
+        return len(self._file.keys())
 
 
-class _MappedFile(Mapping[str, Any]):
+Content = TypeVar("Content", bound=Mapping[Any, Any])
+
+
+class _MappedFile(Mapping[str, Any], Generic[Content]):
     """Tensors of a file that is mapped into memory, where each page that was read stays.
 
-    So the file is opened anew, by ``open``, whenever much of it was read.
+    So the file is opened anew, by ``open``, whenever much of it was read. CheckpointError for a
+    tensor that cannot be read, and if the file is another by then.
     """
 
     _LIMIT = 2**24  # bytes
 
-    def __init__(self, open: Callable[[], tuple[Callable[[str], Any], list[str]]]) -> None:
-        self._open = open
-        self._get, self._names = open()
-        self._seen = 0
+    def __init__(self, path: Path, open: Callable[[], Content]) -> None:
+        self._path, self._open, self._first = path, open, _identity(path)
+        self.content = self._opened()
+        self._names = list(self.content)
+
+    def _opened(self) -> Content:
+        content, self._seen = self._open(), 0
+        if _identity(self._path) != self._first:
+            raise CheckpointError(f"{self._path} was changed while it was read")
+        return content
 
     def __getitem__(self, name: str) -> Any:
-        if self._seen > self._LIMIT:
-            self._get, _ = self._open()
-            self._seen = 0
-        value = self._get(name)
-        self._seen += value.nbytes if isinstance(value, Tensor) else 0
+        try:
+            if self._seen > self._LIMIT:
+                del self.content
+                self.content = self._opened()
+            value = self.content[name]
+            self._seen += value.nbytes if isinstance(value, Tensor) else 0
+        except CheckpointError:
+            raise
+        except Exception as error:  # of many types, as the formats have many kinds of tensors
+            raise CheckpointError(
+                f"{self._path}: tensor {name!r} cannot be read: {error}"
+            ) from error
         return value
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._names
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -167,10 +205,23 @@ class _MappedFile(Mapping[str, Any]):
         return len(self._names)
 
 
+def _identity(path: Path) -> tuple[int, int, int, int]:
+    """Of a file: another if it is replaced or written."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise CheckpointError(f"{path} is not readable: {error}") from error
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
 def save_model(
     model: FlowPokeTransformer, path: str | os.PathLike[str], dtype: torch.dtype = torch.float32
 ) -> None:
-    """Write weights (as ``dtype``) and configuration to one safetensors file, atomically."""
+    """Write weights (as ``dtype``) and configuration to one safetensors file, atomically.
+
+    Raises ValueError for a model that an engine converted in place: some weights are gone.
+    """
+    refuse_prepared(model)
     path = Path(path)
     state = {
         k: (v.to(dtype) if v.is_floating_point() else v).contiguous()
@@ -281,6 +332,11 @@ def _build(
             raise CheckpointError(
                 f"{name} has shape {list(value.shape)}, expected {list(tensor.shape)}"
             )
+        if value.layout != torch.strided or value.is_meta or not _same_kind(value, tensor):
+            raise CheckpointError(
+                f"{name} is {value.dtype}, {value.layout} on {value.device}, expected numbers "
+                f"to convert to {tensor.dtype}"
+            )
         if not torch.isfinite(value).all():
             raise CheckpointError(f"{name} has values that are not finite")
         own[key] = value.to(types.get(key, tensor.dtype), copy=True)
@@ -290,6 +346,11 @@ def _build(
             raise CheckpointError(f"{origin}: unexpected tensor {found}")
     model.load_state_dict(own, assign=True)
     return model.eval()
+
+
+def _same_kind(value: Tensor, expected: Tensor) -> bool:
+    types = _FLOATS if expected.is_floating_point() else (expected.dtype,)
+    return value.dtype in types
 
 
 @contextmanager

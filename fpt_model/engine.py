@@ -171,10 +171,10 @@ def prepare(
     The conditioning of all norms is computed once for both values of the static-camera flag, so
     that a prediction does not read those matrices again (a seventh of fpt-base's transformer).
     Weights become ``dtype``; positions, rotary angles and scales stay float32. Tensors that
-    need no conversion are shared with ``model``.
+    need no conversion are shared with ``model``. Raises ValueError for a model already prepared.
     """
-    shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    out = model if in_place else copy.deepcopy(model, shared).eval()
+    refuse_prepared(model)
+    out = (model if in_place else _sharing_copy(model)).eval()
     conditions = out.cond_emb.weight
     for module in list(out.modules()):
         for name, child in module.named_children():
@@ -189,6 +189,20 @@ def prepare(
             if buffer is not None:
                 module._buffers[name] = buffer.to(device)
     return out
+
+
+def _sharing_copy(model: FlowPokeTransformer) -> FlowPokeTransformer:
+    """Of the modules; all tensors are the same."""
+    return copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
+
+
+def refuse_prepared(model: FlowPokeTransformer) -> None:
+    """Raises ValueError for a model whose weights :func:`prepare` has folded away."""
+    if isinstance(model.cond_emb, nn.Identity):
+        raise ValueError(
+            "expected a model as it was loaded or trained, received one that an engine converted "
+            "in place"
+        )
 
 
 def weight_types(model: FlowPokeTransformer, dtype: torch.dtype) -> dict[str, torch.dtype]:

@@ -10,11 +10,13 @@ from __future__ import annotations
 import weakref
 from functools import cache
 from itertools import count
+from typing import Any, Never
 
 import torch
 from torch import Tensor, nn
 
 from fpt_model.layers import QKV
+from fpt_model.model import TokenEmbedding
 
 _LEAST = 2**19
 """Weights of fewer elements stay in the caches, where the layout matters less than the call."""
@@ -77,9 +79,16 @@ class PackedLinear(nn.Module):
         bias = None if linear.bias is None else linear.bias.detach()
         weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach().contiguous())
         _packed[number] = weight, bias
-        weakref.finalize(self, _packed.pop, number)
+        # not at exit: a thread may still be at work then
+        weakref.finalize(self, _packed.pop, number).atexit = False
         self.register_buffer("handle", torch.tensor(number), persistent=False)
         self.out_features = linear.out_features
+
+    def __deepcopy__(self, memo: Any) -> PackedLinear:
+        return self  # nothing of it changes, and its weight lives as long as it does
+
+    def __reduce__(self) -> Never:
+        raise TypeError("a packed layer cannot be pickled: its weight is not in it; save the model")
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]``."""
@@ -102,10 +111,11 @@ def pack(model: nn.Module) -> None:
     # a list of the linear layers themselves would keep them all until its end
     parents = [module for module in model.modules() if not isinstance(module, nn.Linear)]
     for module in parents:
+        if isinstance(module, TokenEmbedding):
+            continue  # applies its weight in parts
         for name, child in list(module.named_children()):
-            # the token embedding multiplies with parts of its weight
-            if not isinstance(child, nn.Linear) or name == "project":
-                continue
+            if not isinstance(child, nn.Linear) or type(child) not in (nn.Linear, QKV):
+                continue  # what is derived from them may compute something else
             if child.weight.numel() >= _LEAST and child.weight.dtype == torch.bfloat16:
                 packed = PackedQKV(child) if isinstance(child, QKV) else PackedLinear(child)
                 setattr(module, name, packed)

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from fpt_model.backends import Choice, Precision, open_engine
+from fpt_model.backends import Choice, Precision, chosen_backend, open_engine
 from fpt_model.checkpoint import load_model
 from fpt_model.encoder import preprocess
-from fpt_model.engine import Context
+from fpt_model.engine import PRECISIONS, Context
 from fpt_model.geometry import ModelView, grid
 from fpt_model.mixture import FlowMixture, Reduce
 from fpt_model.model import FlowPokeTransformer, mixture_parameters
@@ -125,11 +125,13 @@ class FlowPredictor:
     ) -> FlowPredictor:
         """The predictor of a shipped model's name or a file, and of further ``options`` as above.
 
-        Takes the least memory: no weight is held twice, or in float32 for "bf16". Raises what
-        :func:`~fpt_model.checkpoint.load_model` and the constructor raise.
+        Takes the least memory: with PyTorch on the CPU no weight is held twice, or in float32 for
+        "bf16". Raises what :func:`~fpt_model.checkpoint.load_model` and the constructor raise.
         """
-        converted = precision == "bf16" and not graphs
-        weights = load_model(model, torch.bfloat16 if converted else torch.float32)
+        dtype = torch.float32
+        if chosen_backend(backend, graphs) == "torch":
+            dtype = PRECISIONS.get(precision, dtype)  # the constructor refuses unknown names
+        weights = load_model(model, dtype)
         return cls(weights, backend, device, precision, graphs, in_place=True, **options)
 
     def encode(self, image: NDArray[np.uint8]) -> Scene:

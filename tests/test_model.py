@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: MIT
 """The model library: coordinates, mixtures, the model's structure, checkpoints, the predictor."""
 
+import copy
 import dataclasses
 import json
 import pickle
 import shutil
+import weakref
+import zipfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +24,14 @@ from fpt_model import (
     FlowPokeTransformer,
     FlowPredictor,
     FPTConfig,
+    checkpoint,
     geometry,
     load_model,
     packed,
     save_model,
 )
 from fpt_model.backends import Precision
+from fpt_model.engine import prepare
 from fpt_model.layers import QKV, position_features
 from fpt_model.model import mixture_parameters, negative_log_likelihood
 from fpt_model.packed import PackedLinear, PackedQKV, can_pack, pack
@@ -505,6 +511,26 @@ class TestPredictor:
         np.testing.assert_array_equal(found.means, made.means)
         np.testing.assert_array_equal(found.scale_tril, made.scale_tril)
 
+    def test_conversion_in_place(
+        self, model: FlowPokeTransformer, image: np.ndarray, tmp_path: Path
+    ) -> None:
+        trained = copy.deepcopy(model).train()
+        made, found = (
+            p.predict(p.encode(image), self.POS, self.FLOW, geometry.grid((4, 4)))
+            for p in (FlowPredictor(model), FlowPredictor(trained, in_place=True))
+        )
+        np.testing.assert_array_equal(found.means, made.means)
+        for use in (FlowPredictor, lambda m: save_model(m, tmp_path / "m.safetensors")):
+            with pytest.raises(ValueError, match="converted in place"):
+                use(trained)
+        assert not list(tmp_path.iterdir())
+
+    def test_preparing_in_place_keeps_one_copy(self, model: FlowPokeTransformer) -> None:
+        own = copy.deepcopy(model)
+        before = [weakref.ref(p) for p in own.layers.parameters()]
+        prepare(own, torch.device("cpu"), torch.bfloat16, in_place=True)
+        assert sum(r() is not None for r in before) < len(before) / 4
+
     @pytest.mark.parametrize(
         ("pos", "flow", "message"),
         [
@@ -567,7 +593,12 @@ class TestPacked:
         before = len(packed._packed)
         layer = PackedLinear(nn.Linear(8, 8, dtype=torch.bfloat16))
         assert len(packed._packed) == before + 1
+        other = copy.deepcopy(layer)
         del layer
+        assert other(torch.zeros(1, 8, dtype=torch.bfloat16)).shape == (1, 8)
+        with pytest.raises(TypeError, match="cannot be pickled"):
+            pickle.dumps(other)
+        del other
         assert len(packed._packed) == before
 
 
@@ -632,6 +663,63 @@ class TestCheckpoint:
         save_file(state, path, metadata)
         with pytest.raises(CheckpointError, match=r"'layers.1.self_scale' \[3\] is missing"):
             load_model(path)
+
+    def test_unreadable_tensors_are_named(self, model: FlowPokeTransformer) -> None:
+        for change, message in (
+            (torch.zeros(48, dtype=torch.float8_e4m3fn), r"is torch\.float8_e4m3fn"),
+            (torch.zeros(48, dtype=torch.complex64), r"is torch\.complex64"),
+            (torch.zeros(48, dtype=torch.int64), r"is torch\.int64"),
+            (torch.zeros(48).to_sparse(), r"torch\.sparse_coo"),
+            (torch.zeros(48, device="meta"), "on meta"),
+        ):
+            made = {k: partial(torch.as_tensor, v) for k, v in model.state_dict().items()}
+            made["head.1.bias"] = partial(torch.as_tensor, change)
+            with pytest.raises(CheckpointError, match=rf"^m: tensor 'head.1.bias'.*{message}"):
+                checkpoint._build(model.config, made, "m")
+
+    @pytest.mark.parametrize("change", ["replaced", "removed", "damaged"])
+    def test_a_file_that_changes_while_it_is_read(
+        self,
+        model: FlowPokeTransformer,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        change: str,
+    ) -> None:
+        path, isfinite, seen = tmp_path / "m.safetensors", torch.isfinite, []
+        save_model(model, path)
+
+        def interfere(value: torch.Tensor) -> torch.Tensor:
+            seen.append(value)
+            if len(seen) == 10:
+                if change == "replaced":
+                    save_model(model, path)
+                elif change == "removed":
+                    path.unlink()
+                else:
+                    (tmp_path / "new").write_bytes(b"nothing")
+                    (tmp_path / "new").replace(path)
+            return isfinite(value)
+
+        monkeypatch.setattr(checkpoint._MappedFile, "_LIMIT", 0)  # opened for every tensor
+        monkeypatch.setattr(torch, "isfinite", interfere)
+        with pytest.raises(CheckpointError, match=r"m\.safetensors"):
+            load_model(path)
+
+    def test_archives_that_cannot_be_mapped(self, tmp_path: Path) -> None:
+        state = {"model": {"out_mlp.1.bias": torch.ones(8)}}
+        torch.save(state, tmp_path / "plain.pt")
+        torch.save(state, tmp_path / "legacy.pt", _use_new_zipfile_serialization=False)
+        with (
+            zipfile.ZipFile(tmp_path / "plain.pt") as plain,
+            zipfile.ZipFile(tmp_path / "deflated.pt", "w", zipfile.ZIP_DEFLATED) as deflated,
+        ):
+            for part in plain.namelist():
+                deflated.writestr(part, plain.read(part))
+        for name, mapped in (("plain", True), ("legacy", False), ("deflated", False)):
+            path = tmp_path / f"{name}.pt"
+            assert checkpoint._can_map(path) == mapped
+            with pytest.raises(CheckpointError, match=r"'.*' \[.*\] is missing"):
+                load_model(path)
 
     def test_pickled_code_does_not_run(self, tmp_path: Path) -> None:
         trace = tmp_path / "ran"

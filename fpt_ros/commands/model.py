@@ -46,24 +46,21 @@ def load_predictor(
     device: str = "cpu",
 ) -> FlowPredictor:
     """What answers; UserError where exactly this cannot be had, never something else instead."""
-    from fpt_model import BackendError, CheckpointError, FlowPredictor, load_model
+    from fpt_model import BackendError, CheckpointError, FlowPredictor
 
     if graphs and backend == "torch":
         raise UserError(f"--graphs {graphs} needs --backend onnxruntime")
     try:
-        weights = load_model(model)
-    except (CheckpointError, OSError) as error:
-        raise UserError(f"--model: {error}") from error
-    try:
-        return FlowPredictor(
-            weights,
+        return FlowPredictor.load(
+            model,
             backend,  # type: ignore[arg-type]  # the predictor checks both
             device,
             precision,  # type: ignore[arg-type]
             graphs,
-            providers.split(","),
+            providers=providers.split(","),
             strict=True,
-            in_place=True,
         )
+    except (CheckpointError, FileNotFoundError) as error:
+        raise UserError(f"--model: {error}") from error
     except (BackendError, OSError, RuntimeError, ValueError) as error:
         raise UserError(str(error)) from error

@@ -16,7 +16,7 @@ import numpy as np
 from safetensors import safe_open
 from tqdm import tqdm
 
-from fpt_model import FlowPredictor, load_model, save_model
+from fpt_model import CheckpointError, FlowPredictor, load_model, save_model
 from fpt_model.checkpoint import resolve_model
 from sim.dataset import SPLITS, sha256
 from training.data import Shards
@@ -70,14 +70,15 @@ def load_predictor(
     Raises EvaluationError for a precision that they have not; FileNotFoundError, CheckpointError
     and BackendError.
     """
-    loaded = load_model(model)
     try:
-        return FlowPredictor(
-            loaded,
+        return FlowPredictor.load(
+            model,
             precision=precision,  # type: ignore[arg-type]  # checked there
             graphs=graphs,
             strict=True,
         )
+    except CheckpointError:
+        raise
     except ValueError as error:
         raise EvaluationError(str(error)) from error
 
