@@ -140,7 +140,7 @@ class Monitor:
             new = self._counts - self._reported
             self._reported = self._counts.copy()
             errors = sum(n for what, n in new.items() if what.startswith("errors"))
-            old = new["images dropped: too old"]
+            old, future = new["images dropped: too old"], new["images from the future"]
             stage, began = min(self._at_work.items(), key=lambda x: x[1], default=("", now))
             level, message = DiagnosticStatus.WARN, ""
             if self._failure:
@@ -154,6 +154,10 @@ class Monitor:
                 message = f"{errors} errors; {self._last_error}"
             elif old:
                 message = f"{old} images dropped as too old"
+            elif future:
+                message = (
+                    f"{future} images stamped ahead of the clock; how old they are is not known"
+                )
             elif now - self._image_at > _SILENCE_S:
                 message = "no image received; check topic and QoS"
             else:

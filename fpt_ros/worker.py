@@ -256,19 +256,24 @@ class Worker:
     def _is_fresh(self, held: HeldImage, new: bool = False) -> bool:
         """Whether an image is young enough to be answered; counts and logs it if a ``new`` is not.
 
-        Images without a stamp have no age.
+        Images without a stamp have no age. One from the future may be old for all one knows; it is
+        answered, since nothing better comes from such a camera.
         """
         limit_ms = self._parameter("max_age_ms")
-        if not limit_ms or not stamp_ns(held.header) or self._age_ms(held.header) <= limit_ms:
+        if not limit_ms or not stamp_ns(held.header):
             return True
-        if new:
-            self._monitor.count("images dropped: too old")
-            self._monitor.warn(
-                "old image",
-                f"dropped an image {self._age_ms(held.header):.0f} ms old, max_age_ms is "
-                f"{limit_ms:g}; are the clocks of camera and node the same (use_sim_time)?",
-            )
-        return False
+        age_ms = self._age_ms(held.header)
+        fresh = age_ms <= limit_ms
+        if new and abs(age_ms) > limit_ms:
+            why = "are the clocks of camera and node the same (use_sim_time)?"
+            if fresh:
+                self._monitor.count("images from the future")
+                what = f"answered an image stamped {-age_ms:.0f} ms ahead of this node's clock"
+            else:
+                self._monitor.count("images dropped: too old")
+                what = f"dropped an image {age_ms:.0f} ms old"
+            self._monitor.warn("image's age", f"{what}, max_age_ms is {limit_ms:g}; {why}")
+        return fresh
 
     def _open(self, held: HeldImage) -> bool:
         """Read and encode an image unless that was done; False, and reported once, if it fails."""

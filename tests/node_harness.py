@@ -175,6 +175,7 @@ class Client:
         self.received: dict[str, list[Any]] = {}
         self._publishers: dict[str, Any] = {}
         self._actions: dict[str, ActionClient] = {}
+        self._services: dict[str, Any] = {}
 
     def __enter__(self) -> Client:
         return self
@@ -245,11 +246,13 @@ class Client:
 
     def call(self, srv_type: type, name: str, request: Any, timeout_s: float = 30.0) -> Any:
         """Call a service; returns its response."""
-        client = self.node.create_client(srv_type, name)
+        # kept: a response that comes before the server knows where it goes is lost
+        if name not in self._services:
+            self._services[name] = self.node.create_client(srv_type, name)
+        client = self._services[name]
         assert client.wait_for_service(timeout_s), f"no service {name}"
         future = client.call_async(request)
         wait_until(future.done, timeout_s, lambda: f"{name} did not answer")
-        self.node.destroy_client(client)
         return future.result()
 
     def send_goal(

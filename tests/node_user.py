@@ -140,10 +140,8 @@ def values_of(status: DiagnosticStatus) -> dict[str, str]:
     return {item.key: item.value for item in status.values}
 
 
-@contextmanager
-def running_node(model: Path, remap: Sequence[str] = (), **parameters: Any) -> Iterator[User]:
-    """A node process with small grids and a user of it; it must end well."""
-    domain, claim = claim_domain_id()
+def node_command(model: Path, remap: Sequence[str] = (), **parameters: Any) -> list[str]:
+    """What starts a node with small grids."""
     parameters = {
         "model": model,
         "threads": 1,
@@ -157,7 +155,14 @@ def running_node(model: Path, remap: Sequence[str] = (), **parameters: Any) -> I
     }
     arguments = [word for k, v in parameters.items() for word in ("-p", f"{k}:={v}")]
     arguments += [word for rule in remap for word in ("-r", rule)]
-    node = Process(python_module("fpt_ros.node", *arguments), domain)
+    return python_module("fpt_ros.node", *arguments)
+
+
+@contextmanager
+def running_node(model: Path, remap: Sequence[str] = (), **parameters: Any) -> Iterator[User]:
+    """A node process with small grids and a user of it; it must end well."""
+    domain, claim = claim_domain_id()
+    node = Process(node_command(model, remap, **parameters), domain)
     with claim, node, Client(domain) as client:
         client.subscribe(DiagnosticArray, "/diagnostics")
         node.wait_for("subscribed to /")
