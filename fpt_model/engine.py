@@ -97,8 +97,8 @@ class TorchEngine:
         in_place: bool = False,
     ) -> None:
         self._device = torch.device(device)
-        self.device = str(self._device)
-        self.model = prepare(model, self._device, PRECISIONS[precision], in_place)
+        self.device, self._dtype = str(self._device), PRECISIONS[precision]
+        self.model = prepare(model, self._device, self._dtype, in_place)
         if precision == "bf16" and self._device.type == "cpu" and can_pack():
             pack(self.model)
         if compile:
@@ -107,7 +107,8 @@ class TorchEngine:
     @torch.inference_mode()
     def encode(self, image: Array) -> ImageFeatures:
         """:meth:`Engine.encode`."""
-        return self.model.encode(self._tensor(image))
+        maps = self.model.encoder(self._tensor(image))
+        return self.model.features([m.to(self._dtype) for m in maps])
 
     @torch.inference_mode()
     def run(
@@ -144,12 +145,16 @@ _EXACT = (nn.BatchNorm2d, Layer, ContextBlock)
 
 
 class FoldedRMSNorm(nn.Module):
-    """An :class:`~fpt_model.model.AdaRMSNorm` whose conditioning has two values: a table."""
+    """An :class:`~fpt_model.model.AdaRMSNorm` whose conditioning has two values: a table.
+
+    Its output, for matrices of ``dtype``, has their type.
+    """
 
     scales: Tensor
 
-    def __init__(self, norm: AdaRMSNorm, conditions: Tensor) -> None:
+    def __init__(self, norm: AdaRMSNorm, conditions: Tensor, dtype: torch.dtype) -> None:
         super().__init__()
+        self.dtype = dtype
         self.register_buffer("scales", norm.scale(conditions))  # [2, W]
 
     def forward(self, x: Tensor, camera_static: Tensor) -> Tensor:
@@ -158,8 +163,8 @@ class FoldedRMSNorm(nn.Module):
         factor = torch.rsqrt(norm.square() / x.shape[-1] + AdaRMSNorm.EPS)
         scale = self.scales[camera_static][:, None]
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return (x * factor * scale).to(x.dtype)
-        return torch.mul(x * factor, scale, out=torch.empty_like(x))
+            return (x * factor * scale).to(self.dtype)
+        return torch.mul(x * factor, scale, out=torch.empty_like(x, dtype=self.dtype))
 
 
 @torch.no_grad()
@@ -170,8 +175,9 @@ def prepare(
 
     The conditioning of all norms is computed once for both values of the static-camera flag, so
     that a prediction does not read those matrices again (a seventh of fpt-base's transformer).
-    Weights become ``dtype``; positions, rotary angles and scales stay float32. Tensors that
-    need no conversion are shared with ``model``. Raises ValueError for a model already prepared.
+    Weights become ``dtype``; positions, rotary angles and scales stay float32, and for bfloat16
+    convolutional encoders, the sum over layers and the head. Tensors that need no conversion are
+    shared with ``model``. Raises ValueError for a model already prepared.
     """
     refuse_prepared(model)
     out = (model if in_place else _sharing_copy(model)).eval()
@@ -179,7 +185,7 @@ def prepare(
     for module in list(out.modules()):
         for name, child in module.named_children():
             if isinstance(child, AdaRMSNorm):
-                setattr(module, name, FoldedRMSNorm(child, conditions))
+                setattr(module, name, FoldedRMSNorm(child, conditions, dtype))
     out.cond_emb = nn.Identity()  # type: ignore[assignment]
     for module, name, parameter, own in _typed_parameters(out, dtype):
         value = parameter.detach().to(device, own)
@@ -188,6 +194,8 @@ def prepare(
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = buffer.to(device)
+    if dtype == torch.bfloat16:
+        out.embed.residual_dtype = torch.float32
     return out
 
 
@@ -218,6 +226,11 @@ def _typed_parameters(
     # the last layer is small, and its outputs are what rounding would show in
     exact = {model.head[-1], model.cond_emb}
     exact |= {m.linear for m in model.modules() if isinstance(m, AdaRMSNorm)}  # these are folded
+    if dtype == torch.bfloat16:
+        # its 8 bits are too few for a head, and most of its error in fpt-tiny would come from
+        # EfficientNet; vision transformers bear it
+        exact |= set(model.head.modules())
+        exact |= set(model.encoder.modules() if model.encoder.convolutional else ())
     for module in model.modules():
         own = torch.float32 if isinstance(module, _EXACT) or module in exact else dtype
         for name, parameter in list(module._parameters.items()):

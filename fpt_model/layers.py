@@ -16,10 +16,14 @@ Rotation = tuple[Tensor, Tensor]  # cosines and sines, [B, H, T, E / 2] each
 
 
 class RMSNorm(nn.RMSNorm):
-    """RMS norm with a learned weight, which follows the input's type under autocast."""
+    """RMS norm with a learned weight; the output has the narrower type of input and weight.
+
+    So it follows the input under autocast, and the weight where a residual stream is wider.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+        out = F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+        return out.to(self.weight.dtype) if x.dtype.itemsize > self.weight.dtype.itemsize else out
 
 
 class QKV(nn.Linear):

@@ -121,11 +121,12 @@ def attend_pokes_and_self(
     [Q, P]`` is True where a query must not see a poke, or None.
     """
     poke_k, poke_v = pokes
-    logits = q @ poke_k.transpose(-1, -2)  # [B, H, Q, P]
+    q = q.float()  # logits are large, up to the scale, and rounded ones change the weights
+    logits = q @ poke_k.float().transpose(-1, -2)  # [B, H, Q, P]
     if hidden is not None:
         logits = logits.masked_fill(hidden, -torch.inf)
     self_logit = (q * k).sum(-1, keepdim=True)  # [B, H, Q, 1]
-    weights = torch.cat([logits, self_logit], -1).float().softmax(-1).to(v.dtype)
+    weights = torch.cat([logits, self_logit], -1).softmax(-1, torch.float32).to(v.dtype)
     return weights[..., :-1] @ poke_v + weights[..., -1:] * v
 
 
@@ -239,6 +240,7 @@ class TokenEmbedding(nn.Module):
     """Poke flow (Fourier) or the learned query token, with the image feature at the position."""
 
     coeffs: Tensor
+    residual_dtype: torch.dtype | None = None  # of the sum over layers; None: the weights'
 
     def __init__(self, config: FPTConfig, image_dim: int) -> None:
         super().__init__()
@@ -279,7 +281,7 @@ class TokenEmbedding(nn.Module):
         x = kind + F.linear(torch.cat([place, local], -1), shared)
         for block in self.blocks:
             x = x + block(x)
-        return x
+        return x.to(self.residual_dtype or x.dtype)
 
 
 class Head(nn.Sequential):
