@@ -119,6 +119,7 @@ def test_figures_in_space(data: Path, models: tuple[Path, Path]) -> None:
     assert figures["largest"]["solid"]["epe_all"]["copy"] == pytest.approx(best)
     hidden = figures["occlusion"]
     assert hidden["scenes"] == sum(scene.hidden.sum() >= 50 for scene in scenes)
+    assert hidden["solid/gain"] == pytest.approx(0, abs=1e-6)  # that model has no motion in depth
 
 
 def test_colours_of_motion_in_depth() -> None:

@@ -218,8 +218,10 @@ def test_padding_changes_nothing(tiny: Exported, tmp_path: Path, image: NDArray[
 
 
 def test_reduced_precisions_hold(tiny: Exported, image: NDArray[np.uint8]) -> None:
-    for precision in ("fp16", "int8"):
-        found = agreement(FlowPredictor(tiny.model), tiny.predictor(precision), [image])
+    by_torch = FlowPredictor(tiny.model, precision="bf16")
+    for precision in ("fp16", "int8", "bf16"):
+        candidate = by_torch if precision == "bf16" else tiny.predictor(precision)
+        found = agreement(FlowPredictor(tiny.model), candidate, [image])
         assert found.violations(precision) == [], (precision, found)
         assert found.raw > MAX_RAW_FP32, precision  # it is another precision at all
 

@@ -337,6 +337,9 @@ def _occlusion_figures(rows: Rows, over: str) -> Figures:
         for poked in POKED
         for name in ("median", "no_depth")
     }
+    for poked in POKED:  # scene by scene, since scenes differ far more than the two do
+        with_depth, without = (values[f"{poked}/{name}"] for name in ("median", "no_depth"))
+        values[f"{poked}/gain"] = with_depth - without
     values["true"] = chosen["occlusion/true"]
     copied = chosen["occlusion/copy"]
     values["copy"] = copied[:, copied.mean(0).argmax()]

@@ -197,12 +197,14 @@ def _depth(figures: Figures) -> str:
     hidden = figures["occlusion"]
     if hidden["scenes"]:
         rows = [
-            [label, f"{hidden[name]:.3f}", hidden[f"{name}_interval"]]
+            [label, f"{hidden[name]:.4f}", hidden[f"{name}_interval"]]
             for name, label in (
                 ("solid/median", "poked in depth"),
                 ("solid/no_depth", "... with z = 0"),
+                ("solid/gain", "... difference"),
                 ("planar/median", "poked in the image"),
                 ("planar/no_depth", "... with z = 0"),
+                ("planar/gain", "... difference"),
                 ("copy", "poke copied in space, best radius"),
                 ("true", "the true motion itself"),
             )
