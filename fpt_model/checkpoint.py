@@ -160,10 +160,10 @@ class _Safetensors(Mapping[str, Tensor]):
         return len(self._file.keys())
 
 
-Content = TypeVar("Content", bound=Mapping[Any, Any])
+_Content = TypeVar("_Content", bound=Mapping[Any, Any])
 
 
-class _MappedFile(Mapping[str, Any], Generic[Content]):
+class _MappedFile(Mapping[str, Any], Generic[_Content]):
     """Tensors of a file that is mapped into memory, where each page that was read stays.
 
     So the file is opened anew, by ``open``, whenever much of it was read. CheckpointError for a
@@ -172,12 +172,12 @@ class _MappedFile(Mapping[str, Any], Generic[Content]):
 
     _LIMIT = 2**24  # bytes
 
-    def __init__(self, path: Path, open: Callable[[], Content]) -> None:
+    def __init__(self, path: Path, open: Callable[[], _Content]) -> None:
         self._path, self._open, self._first = path, open, _identity(path)
         self.content = self._opened()
         self._names = list(self.content)
 
-    def _opened(self) -> Content:
+    def _opened(self) -> _Content:
         content, self._seen = self._open(), 0
         if _identity(self._path) != self._first:
             raise CheckpointError(f"{self._path} was changed while it was read")

@@ -13,10 +13,11 @@ import numpy as np
 from builtin_interfaces.msg import Time as Stamp
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
 from node_harness import Client, Process, python_module, wait_until
+from sensor_msgs.msg import Image
 from std_msgs.msg import Header
 
 from fpt_model import FlowPredictor, load_model
-from fpt_msgs.msg import FlowDistribution
+from fpt_msgs.msg import FlowDistribution, PokeArray, QueryArray
 from fpt_ros.environment import claim_domain_id
 from fpt_ros.images import array_to_image
 from fpt_ros.messages import distribution_from_msg, pokes_to_msg, queries_to_msg
@@ -32,6 +33,8 @@ POKE = Pokes(np.array([[20.0, 10.0]]), np.array([[9.0, -4.0]]))
 OTHER_POKE = Pokes(np.array([[20.0, 10.0]]), np.array([[-9.0, 6.0]]))
 NO_POKES = Pokes()
 QUERIES = np.array([[10.0, 5.0], [40.0, 30.0], [63.5, 47.5]])
+# of the node's image subscription, where each image counts; best effort is what it has otherwise
+RELIABLE = {"qos_overrides./image.subscription.reliability": "reliable"}
 OUTPUTS = ("flow", "flow_color", "mask", "influence", "overlay")
 
 
@@ -45,6 +48,23 @@ class User:
     def __init__(self, client: Client, node: Process, model: Path, domain: int) -> None:
         self.client, self.node, self.domain = client, node, domain
         self.predictor = FlowPredictor(load_model(model))
+
+    def connect(self) -> None:
+        """Subscribe to distribution and outputs, publish what the node takes, until all arrives."""
+        self.client.subscribe(FlowDistribution, "/fpt/distribution")
+        for name in OUTPUTS:
+            self.client.subscribe(Image, f"/fpt/{name}")
+        self.client.advertise(Image, "/image", 1)
+        self.client.advertise(PokeArray, "/pokes")
+        self.client.advertise(QueryArray, "/queries")
+        self.shake_hands()
+
+    def forget(self) -> None:
+        """Clear standing pokes and queries, and what was received."""
+        self.send_pokes(NO_POKES)
+        self.send_queries(np.zeros((0, 2)))
+        for messages in self.client.received.values():
+            messages.clear()
 
     def expected(
         self, pixels: np.ndarray, pokes: Pokes, queries: np.ndarray | None = None

@@ -31,9 +31,9 @@ from node_user import (
     HEIGHT,
     NO_POKES,
     OTHER_POKE,
-    OUTPUTS,
     POKE,
     QUERIES,
+    RELIABLE,
     SETTINGS,
     TOLERANCE_PX,
     WIDTH,
@@ -49,7 +49,7 @@ from sensor_msgs.msg import Image
 from std_msgs.msg import Header
 
 from fpt_model.visualize import canvas_scale, flow_to_color
-from fpt_msgs.msg import FlowDistribution, PokeArray, QueryArray
+from fpt_msgs.msg import FlowDistribution, QueryArray
 from fpt_ros.environment import claim_domain_id
 from fpt_ros.images import array_to_image, flat_array, image_to_array
 from fpt_ros.pokes import Pokes
@@ -62,28 +62,16 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def user(model: Path) -> Iterator[User]:
-    # each image counts here; best effort is what the node's other tests use
-    reliable = {"qos_overrides./image.subscription.reliability": "reliable"}
-    with running_node(model, **reliable) as user:
-        client = user.client
-        client.subscribe(FlowDistribution, "/fpt/distribution")
-        for name in OUTPUTS:
-            client.subscribe(Image, f"/fpt/{name}")
+    with running_node(model, **RELIABLE) as user:
         user.node.wait_for("subscribed to /image, /pokes, /queries")
-        client.advertise(Image, "/image", 1)
-        client.advertise(PokeArray, "/pokes")
-        client.advertise(QueryArray, "/queries")
-        user.shake_hands()
+        user.connect()
         yield user
 
 
 @pytest.fixture(autouse=True)
 def forget(user: User) -> None:
     """Each test begins without standing pokes and queries, and with nothing received."""
-    user.send_pokes(NO_POKES)
-    user.send_queries(np.zeros((0, 2)))
-    for messages in user.client.received.values():
-        messages.clear()
+    user.forget()
 
 
 def test_distribution_is_the_predictors(user: User) -> None:

@@ -159,11 +159,7 @@ def user(model: Path) -> Iterator[DepthUser]:
 @pytest.fixture(autouse=True)
 def forget(request: pytest.FixtureRequest) -> None:
     if "user" in request.fixturenames:
-        user = request.getfixturevalue("user")
-        user.send_pokes(NO_POKES)
-        user.send_queries(np.zeros((0, 2)))
-        for messages in user.client.received.values():
-            messages.clear()
+        request.getfixturevalue("user").forget()
 
 
 def table(msg: PointCloud2) -> np.ndarray:

@@ -23,9 +23,9 @@ from lifecycle_msgs.srv import ChangeState
 from node_harness import Client, Process, save_small_model, wait_until
 from node_user import (
     NO_POKES,
-    OUTPUTS,
     POKE,
     QUERIES,
+    RELIABLE,
     User,
     node_command,
     picture,
@@ -37,11 +37,9 @@ from rclpy.parameter import Parameter
 from safetensors.torch import save_file
 from sensor_msgs.msg import Image
 
-from fpt_msgs.msg import FlowDistribution, PokeArray, QueryArray
+from fpt_msgs.msg import FlowDistribution
 from fpt_ros.environment import claim_domain_id
 from fpt_ros.images import array_to_image
-
-RELIABLE = {"qos_overrides./image.subscription.reliability": "reliable"}
 
 
 @pytest.fixture(scope="module")
@@ -49,32 +47,17 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_small_model(tmp_path_factory.mktemp("model") / "fpt-test.safetensors")
 
 
-def connect(user: User) -> None:
-    client = user.client
-    client.subscribe(FlowDistribution, "/fpt/distribution")
-    for name in OUTPUTS:
-        client.subscribe(Image, f"/fpt/{name}")
-    client.advertise(Image, "/image", 1)
-    client.advertise(PokeArray, "/pokes")
-    client.advertise(QueryArray, "/queries")
-    user.shake_hands()
-
-
 @pytest.fixture(scope="module")
 def user(model: Path) -> Iterator[User]:
     with running_node(model, **RELIABLE) as user:
-        connect(user)
+        user.connect()
         yield user
 
 
 @pytest.fixture(autouse=True)
 def forget(request: pytest.FixtureRequest) -> None:
     if "user" in request.fixturenames:
-        user = request.getfixturevalue("user")
-        user.send_pokes(NO_POKES)
-        user.send_queries(np.zeros((0, 2)))
-        for messages in user.client.received.values():
-            messages.clear()
+        request.getfixturevalue("user").forget()
 
 
 def test_a_camera_that_vanishes_is_reported_and_one_that_returns_answered(user: User) -> None:
@@ -155,7 +138,7 @@ def test_killed_and_started_again(model: Path) -> None:
         with Process(command, domain) as node:
             node.wait_for("subscribed to /")
             user = User(client, node, model, domain)
-            connect(user)
+            user.connect()
             os.killpg(node.process.pid, signal.SIGKILL)
         for messages in client.received.values():
             messages.clear()
