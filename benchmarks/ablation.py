@@ -28,6 +28,7 @@ from typing import Any
 
 import yaml
 
+from fpt_model.allocator import keep_freed_memory
 from training.config import RunConfig
 from training.evaluation.report import table
 from training.evaluation.run import Evaluation, code_version, load_predictor
@@ -159,6 +160,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    keep_freed_memory()
     steps = QUICK_STEPS if args.quick else args.steps
     overrides = [*(QUICK if args.quick else ()), *args.set]
     variants = load_variants(args.list, args.variants)

@@ -27,6 +27,7 @@ from bench_engine import build
 from report import where
 
 from fpt_model import FlowPokeTransformer, FlowPredictor
+from fpt_model.allocator import keep_freed_memory
 from fpt_model.export import export
 from fpt_model.geometry import grid
 
@@ -144,6 +145,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the rows as JSON")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    keep_freed_memory()
     model = build(args.model)
     with tempfile.TemporaryDirectory() as folder:
         graphs = args.graphs or export(model, Path(folder), args.precision).folder

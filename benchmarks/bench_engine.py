@@ -34,6 +34,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from fpt_model import FlowPokeTransformer, FlowPredictor, load_model
+from fpt_model.allocator import keep_freed_memory
 from fpt_model.config import FPT_BASE
 from fpt_model.encoder import preprocess
 from fpt_model.geometry import grid
@@ -51,7 +52,7 @@ class Row:
     model: str
     device: str
     precision: str
-    path: str  # "engine", "compiled" or "baseline"
+    path: str  # "engine", "returning" (with the allocator's defaults), "compiled" or "baseline"
     task: str
     seconds: float  # median of the repetitions
     gflop: float
@@ -228,6 +229,8 @@ def measure(job: tuple[str, str, str, str, int, int]) -> tuple[list[Row], float]
     """All rows of one model, device, precision and path, and the process's peak memory in GB."""
     name, device, precision, path, ar_side, threads = job
     torch.set_num_threads(threads)
+    if path != "returning":
+        keep_freed_memory()
     flops, copy = ceilings(device, PRECISIONS[precision])
     rows = []
     calls = tasks(build(name), device, precision, path, ar_side)
@@ -278,12 +281,16 @@ def main() -> None:
     parser.add_argument("--precision", nargs="+", default=list(PRECISIONS), choices=PRECISIONS)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--compile", action="store_true", help="run with compiled layers too")
+    parser.add_argument(
+        "--returning", action="store_true", help="run without keep_freed_memory() too"
+    )
     parser.add_argument("--baseline", action="store_true", help="run the plain path beside it")
     parser.add_argument("--joint", type=int, default=32, help="side of the jointly drawn grid")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, help="write the rows as JSON")
     args = parser.parse_args()
-    paths = ["engine"] + ["compiled"] * args.compile + ["baseline"] * args.baseline
+    asked = {"returning": args.returning, "compiled": args.compile, "baseline": args.baseline}
+    paths = ["engine", *(path for path, wanted in asked.items() if wanted)]
     rows: list[Row] = []
     memory: dict[str, float] = {}
     for name in args.models:

@@ -38,6 +38,7 @@ from numpy.typing import NDArray
 from report import where
 
 from fpt_model import FlowPredictor, load_model
+from fpt_model.allocator import keep_freed_memory
 from fpt_ros.pipeline import Settings, View, answer_asks
 from fpt_ros.planning import Goal, Plan, Search, Steps, default_tolerance, explore, plan
 from sim import HELD_OUT_KINDS, TRAIN_KINDS, Simulator
@@ -307,6 +308,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the rows as JSON")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    keep_freed_memory()
     run = where(
         args.threads,
         model=args.model,

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import typer
 
+from fpt_model.allocator import keep_freed_memory
 from fpt_ros.commands.arguments import UserError
 from fpt_ros.commands.bag import bag
 from fpt_ros.commands.check import check
@@ -38,6 +39,7 @@ app.command()(view)
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line. Exits with 0, or with 2 and one line for a user's mistake."""
+    keep_freed_memory()
     try:
         app(arguments, prog_name="fpt")
     except UserError as error:

@@ -13,8 +13,10 @@ def main(args: Sequence[str] | None = None) -> int:
     """Run the node until SIGINT; returns the exit code."""
 
     def load() -> type:
+        from fpt_model.allocator import keep_freed_memory
         from fpt_ros.inference_node import FptNode
 
+        keep_freed_memory()
         return FptNode
 
     return run(load, args)

@@ -27,6 +27,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from fpt_model import FlowPokeTransformer, load_model, save_model
+from fpt_model.allocator import keep_freed_memory
 from fpt_model.lift import lifted_state
 from training.config import OptimConfig, RunConfig
 from training.data import Example, ExampleDataset, Share, load_batches
@@ -403,6 +404,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")
     parser.add_argument("overrides", nargs="*", help="section.key=value, e.g. optim.steps=100")
     args = parser.parse_args(argv)
+    keep_freed_memory()
     config = RunConfig.load(args.config, args.overrides)
     fabric = launch(config.optim.precision)
     log_from_first(fabric)
