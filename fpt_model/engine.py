@@ -8,6 +8,7 @@ callers hold it and hand it back.
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any, Protocol
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fpt_model.encoder import ContextBlock
+from fpt_model.few_tokens import BuildError, FewTokens
 from fpt_model.model import (
     AdaRMSNorm,
     FlowPokeTransformer,
@@ -26,6 +28,8 @@ from fpt_model.model import (
     PokeContext,
 )
 from fpt_model.packed import can_pack, pack
+
+log = logging.getLogger(__name__)
 
 Array = NDArray[np.float32]
 
@@ -99,8 +103,11 @@ class TorchEngine:
         self._device = torch.device(device)
         self.device, self._dtype = str(self._device), PRECISIONS[precision]
         self.model = prepare(model, self._device, self._dtype, in_place)
+        few = few_tokens(self.model) if compile and self._device.type == "cpu" else None
         if precision == "bf16" and self._device.type == "cpu" and can_pack():
-            pack(self.model)
+            pack(self.model, () if few is None else few.weights)
+        if few is not None:
+            self.model.run_layers = few  # type: ignore[method-assign]
         if compile:
             compile_layers(self.model)
 
@@ -236,6 +243,15 @@ def _typed_parameters(
         for name, parameter in list(module._parameters.items()):
             if parameter is not None:
                 yield module, name, parameter, own
+
+
+def few_tokens(model: FlowPokeTransformer) -> FewTokens | None:
+    """What runs a prepared model's layers for a few tokens; None, with a warning, if it cannot."""
+    try:
+        return FewTokens(model)
+    except (BuildError, ValueError) as error:
+        log.warning("few tokens run as slowly as without compile=True: %s", error)
+        return None
 
 
 def compile_layers(model: FlowPokeTransformer) -> None:

@@ -13,7 +13,7 @@ Positions are in model coordinates: [0, 1]^2 over the model's square input, (x, 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -375,12 +375,29 @@ class FlowPokeTransformer(nn.Module):
         cond = self.cond_emb(camera_static.long())
         rotation = self.rope(torch.cat([poke_pos, query_pos], 1))
         x = self.embed(poke_pos, poke_flow, query_pos, features.maps)
+        before: Sequence[KeyValue | tuple[None, None]] = [(None, None)] * len(self.layers)
+        if past is not None:
+            before = past.keys_values
+        x, kept = self.run_layers(x, pokes, rotation, cond, features.memory, before, known, hidden)
+        return x, PokeContext(kept, known + pokes)
+
+    def run_layers(
+        self,
+        x: Tensor,
+        pokes: int,
+        rotation: Rotation,
+        cond: Tensor,
+        memory: Sequence[KeyValue],
+        past: Sequence[KeyValue | tuple[None, None]],
+        known: int,
+        hidden: Tensor | None = None,
+    ) -> tuple[Tensor, list[KeyValue]]:
+        """All of them, one after the other; ``memory`` and ``past`` are those of each `Layer`."""
         keys_values = []
-        for i, (layer, memory) in enumerate(zip(self.layers, features.memory, strict=True)):
-            before = past.keys_values[i] if past is not None else (None, None)
-            x, kept = layer(x, pokes, rotation, cond, memory, before, known, hidden)
+        for layer, image, before in zip(self.layers, memory, past, strict=True):
+            x, kept = layer(x, pokes, rotation, cond, image, before, known, hidden)
             keys_values.append(kept)
-        return x, PokeContext(keys_values, known + pokes)
+        return x, keys_values
 
     def forward_raw(
         self,

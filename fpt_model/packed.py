@@ -8,6 +8,7 @@ half of the memory's rate, since oneDNN must rearrange it on the way.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Collection
 from functools import cache
 from itertools import count
 from typing import Any, Never
@@ -106,8 +107,8 @@ class PackedQKV(PackedLinear):
         self.values = PackedLinear(values)
 
 
-def pack(model: nn.Module) -> None:
-    """Replace the large linear layers of bfloat16 of ``model``, in place."""
+def pack(model: nn.Module, others: Collection[nn.Module] = ()) -> None:
+    """Replace the large linear layers of bfloat16 of ``model`` but ``others``, in place."""
     # a list of the linear layers themselves would keep them all until its end
     parents = [module for module in model.modules() if not isinstance(module, nn.Linear)]
     for module in parents:
@@ -116,6 +117,8 @@ def pack(model: nn.Module) -> None:
         for name, child in list(module.named_children()):
             if not isinstance(child, nn.Linear) or type(child) not in (nn.Linear, QKV):
                 continue  # what is derived from them may compute something else
+            if child in others:
+                continue
             if child.weight.numel() >= _LEAST and child.weight.dtype == torch.bfloat16:
                 packed = PackedQKV(child) if isinstance(child, QKV) else PackedLinear(child)
                 setattr(module, name, packed)

@@ -81,9 +81,10 @@ class FlowPredictor:
         strict: raise a :class:`BackendError` where otherwise something else
             than asked runs the model: PyTorch when ONNX Runtime or its graphs cannot be had,
             another provider when the first cannot. The logger "fpt_model" warns of it.
-        compile: of "torch": fuse operations by torch.compile, which needs a C++ compiler. Large
-            grids are twice as fast; shapes of a new nature (the first poke, the first batch) take
-            seconds when first asked about.
+        compile: of "torch": fuse operations by torch.compile, and on the CPU run a few tokens
+            (one query, a step of joint sampling) by C++ of our own. Needs a C++ compiler; building
+            takes seconds, once a machine, and so do shapes of a new nature (the first poke, the
+            first batch) in each process.
         in_place: of "torch": convert ``model`` itself, which is of no use to others afterwards,
             and so never hold two of it.
 

@@ -1,0 +1,389 @@
+// SPDX-License-Identifier: MIT
+// All layers of a prepared FlowPokeTransformer for a few tokens, in one call.
+//
+// A pass of one query, or of one step of joint sampling, does little with each weight: what takes
+// the time is reading them, and a hundred calls between. So each thread streams its rows of every
+// matrix once, for all tokens, and what lies between stays in its caches. Built on the user's
+// machine by fpt_model/few_tokens.py; the layers themselves are explained in fpt_model/model.py.
+//
+// B rows, t tokens each (P pokes, then queries), R = B t <= 16 tokens, W width, H heads, E = W / H
+// (HEAD_DIM), N image tokens. Arrays are contiguous; weights, keys and values have the type T
+// (WEIGHT, float or bfloat16), all else is float.
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+namespace {
+
+struct bfloat16 {
+  uint16_t bits;
+};
+
+using T = WEIGHT;
+constexpr int64_t E = HEAD_DIM;
+constexpr int LANES = 16;
+static_assert(E % (2 * LANES) == 0);
+constexpr int64_t AHEAD = 4096 / sizeof(T);
+constexpr float EPS = 1e-6f;  // of all norms
+
+// The widest vectors; the compiler splits them where the processor's are narrower.
+typedef float V __attribute__((vector_size(64)));
+typedef float Vm __attribute__((vector_size(64), aligned(4), may_alias));
+typedef uint16_t H __attribute__((vector_size(32), aligned(2), may_alias));
+typedef uint32_t U __attribute__((vector_size(64)));
+typedef int32_t I __attribute__((vector_size(64)));
+typedef float V8 __attribute__((vector_size(32)));
+typedef float V4 __attribute__((vector_size(16)));
+
+
+inline V load(const float* p) { return *reinterpret_cast<const Vm*>(p); }
+inline V load(const bfloat16* p) {
+  return reinterpret_cast<V>(__builtin_convertvector(*reinterpret_cast<const H*>(p), U) << 16);
+}
+inline void store(float* p, V v) { *reinterpret_cast<Vm*>(p) = v; }
+
+inline void put(float* p, float x) { *p = x; }
+inline void put(bfloat16* p, float x) {  // to the nearest, ties to even
+  uint32_t u;
+  std::memcpy(&u, &x, 4);
+  p->bits = static_cast<uint16_t>((u + 0x7fff + ((u >> 16) & 1)) >> 16);
+}
+inline float get(const float* p) { return *p; }
+inline float get(const bfloat16* p) {
+  const uint32_t u = static_cast<uint32_t>(p->bits) << 16;
+  float x;
+  std::memcpy(&x, &u, 4);
+  return x;
+}
+
+inline float sum(V v) {
+  const V8 a = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
+               __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+  const V4 b =
+      __builtin_shufflevector(a, a, 0, 1, 2, 3) + __builtin_shufflevector(a, a, 4, 5, 6, 7);
+  return (b[0] + b[1]) + (b[2] + b[3]);
+}
+
+// exp of x <= 0, relative error below 2e-7: 2^n times a polynomial of the rest in [-1/2, 1/2] bits.
+inline V exp_of_negative(V x) {
+  const V low = V{} - 87.0f;
+  x = x > low ? x : low;
+  const V y = x * 1.44269504f - 0.5f;
+  const I n = __builtin_convertvector(y, I);  // towards zero, so the nearest whole number
+  const V whole = __builtin_convertvector(n, V);
+  // ln 2 in two parts, so that the rest is exact
+  const V r = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
+  V p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  return p * reinterpret_cast<V>((n + 127) << 23);
+}
+
+struct Layer {
+  const float *self_norm, *cross_norm, *ffn_norm;  // [2, W]
+  const float *self_scale, *cross_scale;           // [H]
+  const T *self_qkv, *self_out, *cross_q;          // [3 W, W], [W, W], [W, W]
+  const T *ffn_up, *ffn_down;                      // [2 hidden, W], [W, hidden]
+  const T *memory_k, *memory_v;                    // [H, N, E]
+  T *poke_k, *poke_v;                              // [B, H, room, E]
+};
+
+struct Shape {
+  int64_t layers, batch, tokens, pokes, known, room, heads, image_tokens, hidden, threads;
+  int64_t width() const { return heads * E; }
+  int64_t rows() const { return batch * tokens; }
+};
+
+// A step of a product takes this many elements of a matrix's row, as two vectors: the two halves of
+// floats, and of bfloat16 the even ones and the odd ones, which takes the fewest instructions.
+constexpr int STEP = 2 * LANES;
+inline void load_step(const float* p, V& a, V& b) {
+  a = load(p);
+  b = load(p + LANES);
+}
+inline void load_step(const bfloat16* p, V& a, V& b) {
+  typedef uint32_t Um __attribute__((vector_size(64), aligned(2), may_alias));
+  const U pairs = *reinterpret_cast<const Um*>(p);
+  a = reinterpret_cast<V>(pairs << 16);
+  b = reinterpret_cast<V>(pairs & 0xffff0000u);
+}
+
+// x [n] in the order of load_step, in room for n where that is another.
+inline const float* in_steps(const float* x, int64_t n, float* room, const float*) {
+  (void)n, (void)room;
+  return x;
+}
+inline const float* in_steps(const float* x, int64_t n, float* room, const bfloat16*) {
+  for (int64_t i = 0; i < n; i += STEP)
+    for (int j = 0; j < LANES; ++j) {
+      room[i + j] = x[i + 2 * j];
+      room[i + LANES + j] = x[i + 2 * j + 1];
+    }
+  return room;
+}
+
+// out(r, o, x[r] . w[o]) for the rows o in [begin, end) of a matrix, each read from memory once; for
+// R rows of x, or several times four.
+template <int R, class Out>
+inline void product(const T* w, const float* x, int64_t k, int64_t begin, int64_t end, float* room,
+                    Out out) {
+  constexpr int ROWS = R < 4 ? R : 4;  // sums of so many, with four of the matrix, are registers
+  static_assert(R % ROWS == 0);
+  x = in_steps(x, R * k, room, w);
+  int64_t o = begin;
+  auto some = [&](auto count) {
+    constexpr int C = decltype(count)::value;
+    for (int64_t first_row = 0; first_row < R; first_row += ROWS) {
+      const float* input = x + first_row * k;
+      V sums[C][ROWS] = {};
+      for (int64_t i = 0; i < k; i += STEP) {
+        V first[C], second[C];
+        for (int c = 0; c < C; ++c) {
+          const T* row = w + (o + c) * k + i;
+          if (first_row == 0) __builtin_prefetch(row + AHEAD);
+          load_step(row, first[c], second[c]);
+        }
+        for (int r = 0; r < ROWS; ++r) {
+          const V a = load(input + r * k + i), b = load(input + r * k + i + LANES);
+          for (int c = 0; c < C; ++c) {
+            sums[c][r] += first[c] * a;
+            sums[c][r] += second[c] * b;
+          }
+        }
+      }
+      for (int c = 0; c < C; ++c)
+        for (int r = 0; r < ROWS; ++r) out(first_row + r, o + c, sum(sums[c][r]));
+    }
+    o += C;
+  };
+  while (o + 4 <= end) some(std::integral_constant<int, 4>{});
+  while (o < end) some(std::integral_constant<int, 1>{});
+}
+
+// Queries or keys x [E] get the length sqrt(|scale|) and are turned; see layers.rotated_cosine.
+inline void rotate(float* x, float scale, const float* cos, const float* sin, int64_t e) {
+  float squares = 0;
+  for (int64_t i = 0; i < e; ++i) squares += x[i] * x[i];
+  const float factor = std::sqrt(std::fabs(scale) + EPS) / std::sqrt(squares + EPS);
+  for (int64_t i = 0; i < e / 2; ++i) {
+    const float a = x[i], b = x[i + e / 2];
+    x[i] = (a * cos[i] - b * sin[i]) * factor;
+    x[i + e / 2] = (b * cos[i] + a * sin[i]) * factor;
+  }
+}
+
+// q [R, E] (apart by stride) to n keys and values [n, E], and, where own is given, to the row's own
+// key and value. logits: room for R (n + LANES). Writes out [R, E], apart by stride.
+template <int R>
+inline void attend(const float* q, const T* k, const T* v, int64_t n, const float* own_k,
+                   const float* own_v, int64_t stride, float* logits, float* out) {
+  constexpr int PARTS = E / LANES;
+  const int64_t apart = (n + LANES) / LANES * LANES;  // of two rows' logits
+  V query[R][PARTS];
+  for (int r = 0; r < R; ++r)
+    for (int p = 0; p < PARTS; ++p) query[r][p] = load(q + r * stride + p * LANES);
+  for (int64_t i = 0; i < n; ++i) {
+    V key[PARTS];
+    for (int p = 0; p < PARTS; ++p) key[p] = load(k + i * E + p * LANES);
+    for (int r = 0; r < R; ++r) {
+      V products = query[r][0] * key[0];
+      for (int p = 1; p < PARTS; ++p) products += query[r][p] * key[p];
+      logits[r * apart + i] = sum(products);
+    }
+  }
+  float total[R];
+  V sums[R][PARTS] = {};
+  for (int r = 0; r < R; ++r) {
+    float* own = logits + r * apart;
+    int64_t end = n;
+    if (own_k) {
+      V products{};
+      for (int p = 0; p < PARTS; ++p) products += query[r][p] * load(own_k + r * stride + p * LANES);
+      own[end++] = sum(products);
+    }
+    for (; end < apart; ++end) own[end] = -std::numeric_limits<float>::infinity();
+    V largest = load(own);
+    for (int64_t i = LANES; i < apart; i += LANES) {
+      const V x = load(own + i);
+      largest = x > largest ? x : largest;
+    }
+    float most = largest[0];
+    for (int i = 1; i < LANES; ++i) most = std::max(most, largest[i]);
+    V weights{};
+    for (int64_t i = 0; i < apart; i += LANES) {
+      const V x = exp_of_negative(load(own + i) - most);
+      weights += x;
+      store(own + i, x);
+    }
+    total[r] = sum(weights);
+    if (own_k)
+      for (int p = 0; p < PARTS; ++p)
+        sums[r][p] += own[n] * load(own_v + r * stride + p * LANES);
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    V value[PARTS];
+    for (int p = 0; p < PARTS; ++p) value[p] = load(v + i * E + p * LANES);
+    for (int r = 0; r < R; ++r)
+      for (int p = 0; p < PARTS; ++p) sums[r][p] += logits[r * apart + i] * value[p];
+  }
+  for (int r = 0; r < R; ++r)
+    for (int p = 0; p < PARTS; ++p) store(out + r * stride + p * LANES, sums[r][p] / total[r]);
+}
+
+// The same for any number of rows; four at a time share the reading of keys and values.
+inline void attend(int64_t rows, const float* q, const T* k, const T* v, int64_t n,
+                   const float* own_k, const float* own_v, int64_t stride, float* logits,
+                   float* out) {
+  auto some = [&](auto count, int64_t r) {
+    constexpr int R = decltype(count)::value;
+    const int64_t at = r * stride;
+    attend<R>(q + at, k, v, n, own_k ? own_k + at : nullptr, own_v ? own_v + at : nullptr,
+                 stride, logits, out + at);
+  };
+  int64_t r = 0;
+  for (; r + 4 <= rows; r += 4) some(std::integral_constant<int, 4>{}, r);
+  for (; r + 2 <= rows; r += 2) some(std::integral_constant<int, 2>{}, r);
+  for (; r < rows; ++r) some(std::integral_constant<int, 1>{}, r);
+}
+
+// R is the number of rows, or more: those beyond are zeros.
+template <int R>
+void run(const Shape& s, const Layer* layers, const float* cos, const float* sin,
+         const int64_t* camera_static, float* x) {
+  const int64_t w = s.width(), rows = s.rows(), queries = s.tokens - s.pokes;
+  const int64_t seen = s.known + s.pokes;
+  std::vector<float> qkv(R * 3 * w), attended(R * w), gated(R * s.hidden);
+
+#pragma omp parallel num_threads(s.threads)
+  {
+    const int64_t longest = std::max(seen, s.image_tokens);
+    std::vector<float> normed(R * w), room(R * std::max(w, s.hidden)), logits(4 * (longest + 2 * LANES));
+
+    // of x + more, where more is given
+    auto norm = [&](const float* scales, const float* more) {
+      for (int64_t r = 0; r < rows; ++r) {
+        const float *in = x + r * w, *add = more ? more + r * w : nullptr;
+        const float* scale = scales + camera_static[r / s.tokens] * w;
+        float* out = normed.data() + r * w;
+        V squares{};
+        for (int64_t i = 0; i < w; i += LANES) {
+          const V v = add ? load(in + i) + load(add + i) : load(in + i);
+          squares += v * v;
+          store(out + i, v);
+        }
+        const float factor = 1 / std::sqrt(sum(squares) / w + EPS);
+        for (int64_t i = 0; i < w; i += LANES)
+          store(out + i, load(out + i) * factor * load(scale + i));
+      }
+    };
+    // parts of the rows of a matrix; whole groups of four
+    auto share = [&](int64_t n, auto body) {
+#pragma omp for schedule(static)
+      for (int64_t part = 0; part < s.threads; ++part) {
+        const int64_t groups = n / 4;
+        const int64_t end = part + 1 == s.threads ? n : 4 * (groups * (part + 1) / s.threads);
+        body(4 * (groups * part / s.threads), end);
+      }
+    };
+
+    for (int64_t l = 0; l < s.layers; ++l) {
+      const Layer& layer = layers[l];
+
+      norm(layer.self_norm, nullptr);
+      share(3 * w, [&](int64_t begin, int64_t end) {
+        product<R>(layer.self_qkv, normed.data(), w, begin, end, room.data(),
+                   [&](int64_t r, int64_t o, float y) { qkv[r * 3 * w + o] = y; });
+      });
+
+#pragma omp for schedule(static)
+      for (int64_t job = 0; job < s.batch * s.heads; ++job) {
+        const int64_t b = job / s.heads, h = job % s.heads, first = b * s.tokens;
+        float* q = qkv.data() + first * 3 * w + h * E;
+        float *k = q + w, *v = q + 2 * w;
+        T* poke_k = layer.poke_k + job * s.room * E;
+        T* poke_v = layer.poke_v + job * s.room * E;
+        for (int64_t t = 0; t < s.tokens; ++t) {
+          const int64_t at = t * 3 * w, angle = ((b * s.heads + h) * s.tokens + t) * (E / 2);
+          rotate(q + at, layer.self_scale[h], cos + angle, sin + angle, E);
+          rotate(k + at, layer.self_scale[h], cos + angle, sin + angle, E);
+          if (t < s.pokes)
+            for (int64_t i = 0; i < E; ++i) {
+              put(poke_k + (s.known + t) * E + i, k[at + i]);
+              put(poke_v + (s.known + t) * E + i, v[at + i]);
+            }
+        }
+        // in place of the queries: each row's is read before its result is written
+        for (int64_t t = 0; t < s.pokes; ++t)
+          attend(1, q + t * 3 * w, poke_k, poke_v, s.known + t + 1, nullptr, nullptr, 3 * w,
+                    logits.data(), q + t * 3 * w);
+        const int64_t at = s.pokes * 3 * w;
+        attend(queries, q + at, poke_k, poke_v, seen, k + at, v + at, 3 * w, logits.data(),
+                  q + at);
+        for (int64_t t = 0; t < s.tokens; ++t)
+          std::copy_n(q + t * 3 * w, E, attended.data() + (first + t) * w + h * E);
+      }
+
+      share(w, [&](int64_t begin, int64_t end) {
+        product<R>(layer.self_out, attended.data(), w, begin, end, room.data(),
+                   [&](int64_t r, int64_t o, float y) {
+                     if (r < rows) x[r * w + o] += y;
+                   });
+      });
+
+      norm(layer.cross_norm, nullptr);
+#pragma omp for schedule(static)
+      for (int64_t h = 0; h < s.heads; ++h) {
+        float* q = attended.data() + h * E;
+        product<R>(layer.cross_q, normed.data(), w, h * E, (h + 1) * E, room.data(),
+                   [&](int64_t r, int64_t o, float y) { attended[r * w + o] = y; });
+        for (int64_t r = 0; r < rows; ++r) {
+          const int64_t angle =
+              ((r / s.tokens * s.heads + h) * s.tokens + r % s.tokens) * (E / 2);
+          rotate(q + r * w, layer.cross_scale[h], cos + angle, sin + angle, E);
+        }
+        const int64_t image = h * s.image_tokens * E;
+        attend(rows, q, layer.memory_k + image, layer.memory_v + image, s.image_tokens, nullptr,
+                  nullptr, w, logits.data(), q);
+      }
+
+      norm(layer.ffn_norm, attended.data());
+      share(s.hidden, [&](int64_t begin, int64_t end) {
+        product<R>(layer.ffn_up, normed.data(), w, begin, end, room.data(),
+                   [&](int64_t r, int64_t o, float y) { gated[r * s.hidden + o] = y; });
+        product<R>(layer.ffn_up, normed.data(), w, s.hidden + begin, s.hidden + end, room.data(),
+                   [&](int64_t r, int64_t o, float y) {
+                     gated[r * s.hidden + o - s.hidden] *= y / (1 + std::exp(-y));
+                   });
+      });
+      share(w, [&](int64_t begin, int64_t end) {
+        product<R>(layer.ffn_down, gated.data(), s.hidden, begin, end, room.data(),
+                   [&](int64_t r, int64_t o, float y) {
+                     if (r < rows) x[r * w + o] += attended[r * w + o] + y;
+                   });
+      });
+    }
+  }
+}
+
+}  // namespace
+
+// x [R, W] is changed in place, and the new pokes' keys and values are written. cos, sin
+// [B, H, t, E / 2]; camera_static [B].
+extern "C" void run_layers(const Shape* shape, const Layer* layers, const float* cos,
+                           const float* sin, const int64_t* camera_static, float* x) {
+  const Shape& s = *shape;
+  const int64_t rows = s.rows();
+  if (rows <= 1) run<1>(s, layers, cos, sin, camera_static, x);
+  else if (rows <= 2) run<2>(s, layers, cos, sin, camera_static, x);
+  else if (rows <= 4) run<4>(s, layers, cos, sin, camera_static, x);
+  else if (rows <= 8) run<8>(s, layers, cos, sin, camera_static, x);
+  else run<16>(s, layers, cos, sin, camera_static, x);
+}

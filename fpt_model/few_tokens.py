@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: MIT
+"""The layers of a prepared model for a few tokens on the CPU: one call into C++, not hundreds.
+
+The C++ is few_tokens.cpp beside this file, built for this processor when first needed (seconds) and
+kept in the user's cache folder.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fpt_model.layers import Rotation
+from fpt_model.model import FlowPokeTransformer, KeyValue
+
+log = logging.getLogger(__name__)
+
+MOST_TOKENS = 16
+"""With more, the products are no longer bound by reading the weights."""
+
+_SOURCE = Path(__file__).with_suffix(".cpp")
+_TYPES = {torch.float32: "float", torch.bfloat16: "bfloat16"}
+# strict as to the order of sums and to infinities, not as to errno and traps
+_FLAGS = "-std=c++17 -O3 -march=native -fno-math-errno -fno-trapping-math -ffp-contract=fast"
+
+
+class BuildError(RuntimeError):
+    """There is no C++ compiler, or it failed; the message has its first words."""
+
+
+def cache_folder() -> Path:
+    """Where built code is kept: ``fpt_model`` in the user's cache folder (XDG)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fpt_model"
+
+
+def _build(target: Path, defines: Sequence[str]) -> None:
+    compiler = os.environ.get("CXX", "g++")
+    # the OpenMP that torch has loaded: threads of a second one would compete with its threads
+    bundled = sorted(Path(torch.__file__).with_name("lib").glob("libgomp*.so*"))
+    openmp = [str(bundled[0])] if bundled else ["-lgomp"]
+    with tempfile.TemporaryDirectory() as folder:
+        unit, built = Path(folder) / "few_tokens.o", Path(folder) / "few_tokens.so"
+        flags = [*_FLAGS.split(), "-fopenmp", "-fPIC", *defines]
+        for command in (
+            [compiler, *flags, "-c", str(_SOURCE), "-o", str(unit)],
+            [compiler, "-shared", str(unit), *openmp, "-o", str(built)],
+        ):
+            try:
+                done = subprocess.run(command, capture_output=True, text=True, check=False)
+            except OSError as error:
+                raise BuildError(f"{compiler}: {error.strerror or error}") from error
+            if done.returncode:
+                words = next((line for line in done.stderr.splitlines() if "error" in line), "")
+                raise BuildError(f"{compiler} failed: {words or done.stderr.strip()[:200]}")
+        partial = target.with_suffix(f".{os.getpid()}")  # of several processes the last one wins
+        shutil.copy(built, partial)
+        partial.replace(target)
+
+
+def _processor() -> str:
+    """What code of ``-march=native`` depends on; homes may be shared by several machines."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    kinds = ("model name", "flags", "Features", "CPU part")
+    return "".join(line for line in lines if line.startswith(kinds)) + os.uname().machine
+
+
+@cache
+def _library(head_dim: int, dtype: torch.dtype) -> Any:
+    """The function ``run_layers`` for heads and weights of one kind; BuildError."""
+    defines = [f"-DHEAD_DIM={head_dim}", f"-DWEIGHT={_TYPES[dtype]}"]
+    what = "\0".join([_SOURCE.read_text(), _FLAGS, *defines, torch.__version__, _processor()])
+    name = f"few_tokens-{hashlib.sha256(what.encode()).hexdigest()[:16]}.so"
+    target = cache_folder() / name
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if not target.is_file():
+            _build(target, defines)
+        function = ctypes.CDLL(str(target)).run_layers
+    except OSError as error:
+        raise BuildError(f"{target}: {error}") from error
+    function.restype = None
+    function.argtypes = [ctypes.c_void_p] * 6
+    return function
+
+
+class FewTokens:
+    """Stands in for :meth:`FlowPokeTransformer.run_layers` of one prepared model.
+
+    Hands on to it what it cannot do: more tokens than `MOST_TOKENS`, several images, queries that
+    see a part of the pokes. Sums are in float32, also between bfloat16's products. BuildError
+    where the C++ cannot be built, ValueError for a model that it is not made for.
+    """
+
+    def __init__(self, model: FlowPokeTransformer) -> None:
+        config, dtype = model.config, model.layers[0].self_qkv.weight.dtype
+        if config.head_dim % 32 or dtype not in _TYPES:
+            raise ValueError(
+                "expected heads of a multiple of 32 channels and weights of "
+                f"{[str(t) for t in _TYPES]}, received {config.head_dim} and {dtype}"
+            )
+        self._otherwise = model.run_layers
+        self._heads, self._head_dim, self._dtype = config.heads, config.head_dim, dtype
+        self._hidden = config.width * config.ffn_expand
+        self.weights: list[nn.Linear] = []  # what must stay as it is
+        self._tensors = []
+        for layer in model.layers:
+            own = [layer.self_qkv, layer.self_out, layer.cross_q, layer.ffn_up, layer.ffn_down]
+            norms = layer.self_norm, layer.cross_norm, layer.ffn_norm  # folded, with a buffer each
+            scales = [norm.get_buffer("scales") for norm in norms]
+            scales += [layer.self_scale, layer.cross_scale]
+            self.weights += own
+            self._tensors.append(
+                [t.detach().float().contiguous() for t in scales]
+                + [linear.weight.detach().contiguous() for linear in own]
+            )
+        self._pointers = np.zeros((len(model.layers), len(self._tensors[0]) + 4), np.uint64)
+        self._pointers[:, :-4] = [[t.data_ptr() for t in own] for own in self._tensors]
+        self._function = _library(config.head_dim, dtype)
+
+    def __deepcopy__(self, memo: Any) -> FewTokens:
+        return self  # nothing of it changes, and it keeps its weights
+
+    def __call__(
+        self,
+        x: Tensor,
+        pokes: int,
+        rotation: Rotation,
+        cond: Tensor,
+        memory: Sequence[KeyValue],
+        past: Sequence[KeyValue | tuple[None, None]],
+        known: int,
+        hidden: Tensor | None = None,
+    ) -> tuple[Tensor, list[KeyValue]]:
+        """:meth:`FlowPokeTransformer.run_layers`."""
+        batch, tokens = x.shape[:2]
+        images, _, image_tokens, _ = memory[0][0].shape
+        if not 0 < batch * tokens <= MOST_TOKENS or images > 1 or hidden is not None:
+            return self._otherwise(x, pokes, rotation, cond, memory, past, known, hidden)
+        kept = [self._with_place(own, batch, known, pokes) for own in past]
+        pointers = self._pointers.copy()
+        pointers[:, -4:] = [
+            [t.data_ptr() for t in (*image, *own)] for image, own in zip(memory, kept, strict=True)
+        ]
+        shape = [len(kept), batch, tokens, pokes, known, kept[0][0].shape[2], self._heads]
+        shape += [image_tokens, self._hidden, torch.get_num_threads()]
+        sizes = np.array(shape, np.int64)
+        x = x.float().contiguous()
+        inputs = [t.contiguous() for t in (*rotation, cond)] + [x]
+        self._function(sizes.ctypes.data, pointers.ctypes.data, *(t.data_ptr() for t in inputs))
+        return x, kept
+
+    def _with_place(
+        self, past: KeyValue | tuple[None, None], batch: int, known: int, pokes: int
+    ) -> KeyValue:
+        """Keys and values of known pokes, and room for the new ones: ``past`` itself if it has."""
+        k, v = past
+        if k is None or v is None:
+            k = v = torch.empty(batch, self._heads, 0, self._head_dim, dtype=self._dtype)
+        if k.shape[2] < known + pokes:
+            k, v = (functional.pad(t[:, :, :known], (0, 0, 0, pokes)) for t in (k, v))
+        return k.contiguous(), v.contiguous()
