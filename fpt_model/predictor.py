@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
+from fpt_model.allocator import return_freed_memory
 from fpt_model.backends import Choice, Precision, chosen_backend, open_engine
 from fpt_model.checkpoint import load_model
 from fpt_model.encoder import preprocess
@@ -133,7 +134,10 @@ class FlowPredictor:
         if chosen_backend(backend, graphs) == "torch":
             dtype = PRECISIONS.get(precision, dtype)  # the constructor refuses unknown names
         weights = load_model(model, dtype)
-        return cls(weights, backend, device, precision, graphs, in_place=True, **options)
+        predictor = cls(weights, backend, device, precision, graphs, in_place=True, **options)
+        del weights
+        return_freed_memory()
+        return predictor
 
     def encode(self, image: NDArray[np.uint8]) -> Scene:
         """Encode a uint8 RGB image ``[H, W, 3]``; ValueError for anything else."""
