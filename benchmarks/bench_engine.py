@@ -9,7 +9,8 @@ operations read and write, and which part of what this machine can do that is: t
 operations over the measured matmul rate and bytes over the measured copy rate, over the time.
 Operations that stay in a processor's cache can come out above one.
 
-``--compile`` runs the engine with compiled layers as well. ``--baseline`` runs, beside the engine
+``--compile`` runs the engine with compiled layers as well, ``--returning`` with freed memory going
+back to the system (see ``fpt_model.allocator``). ``--baseline`` runs, beside the engine
 and in the same run, what one would write first: the plain model under autocast, with nothing kept
 but the image's feature map. Memory is a process's peak while it predicts, with libraries and
 weights, without what loading them took.

@@ -11,6 +11,8 @@ import resource
 import subprocess
 from pathlib import Path
 
+from fpt_model.allocator import return_freed_memory
+
 
 def where(threads: int, **more: str) -> dict[str, str]:
     """Date, commit and machine of a run, and ``more``."""
@@ -39,6 +41,7 @@ def _processor() -> str:
 def forget_peak() -> None:
     """Let :func:`peak_gb` speak of what comes from here on, where the system can (Linux)."""
     gc.collect()
+    return_freed_memory()
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # see proc(5)
 

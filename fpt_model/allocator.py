@@ -7,7 +7,7 @@ import ctypes
 from typing import Any
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
-_MMAP_FROM = 2**30  # bytes
+_MMAP_FROM = 2**30, 2**25  # bytes; older versions refuse the first
 _NEVER = -1
 
 
@@ -25,7 +25,8 @@ def keep_freed_memory() -> bool:
     if mallopt is None:
         return False
     mallopt.argtypes = ctypes.c_int, ctypes.c_int
-    return bool(mallopt(_M_MMAP_THRESHOLD, _MMAP_FROM) and mallopt(_M_TRIM_THRESHOLD, _NEVER))
+    large = any(mallopt(_M_MMAP_THRESHOLD, size) for size in _MMAP_FROM)
+    return bool(mallopt(_M_TRIM_THRESHOLD, _NEVER)) and large
 
 
 def return_freed_memory() -> None:

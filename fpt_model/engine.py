@@ -29,13 +29,13 @@ from fpt_model.model import (
 )
 from fpt_model.packed import can_pack, pack
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger("fpt_model")
 
 Array = NDArray[np.float32]
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-# queries in one pass; bounds memory, does not change results. Twice as many make temporaries that
-# the allocator takes from the system anew each time, half as many do not keep the cores busy.
+# queries in one pass; bounds memory, does not change results. Half as many do not keep the cores
+# busy.
 _QUERY_CHUNK = 2048
 
 
@@ -103,7 +103,7 @@ class TorchEngine:
         self._device = torch.device(device)
         self.device, self._dtype = str(self._device), PRECISIONS[precision]
         self.model = prepare(model, self._device, self._dtype, in_place)
-        few = few_tokens(self.model) if compile and self._device.type == "cpu" else None
+        few = try_few_tokens(self.model) if compile and self._device.type == "cpu" else None
         if precision == "bf16" and self._device.type == "cpu" and can_pack():
             pack(self.model, () if few is None else few.weights)
         if few is not None:
@@ -245,12 +245,12 @@ def _typed_parameters(
                 yield module, name, parameter, own
 
 
-def few_tokens(model: FlowPokeTransformer) -> FewTokens | None:
+def try_few_tokens(model: FlowPokeTransformer) -> FewTokens | None:
     """What runs a prepared model's layers for a few tokens; None, with a warning, if it cannot."""
     try:
         return FewTokens(model)
     except (BuildError, ValueError) as error:
-        log.warning("few tokens run as slowly as without compile=True: %s", error)
+        _log.warning("few tokens are run by torch.compile's code, not by our own: %s", error)
         return None
 
 

@@ -6,16 +6,16 @@
 // matrix once, for all tokens, and what lies between stays in its caches. Built on the user's
 // machine by fpt_model/few_tokens.py; the layers themselves are explained in fpt_model/model.py.
 //
-// B rows, t tokens each (P pokes, then queries), R = B t <= 16 tokens, W width, H heads, E = W / H
-// (HEAD_DIM), N image tokens. Arrays are contiguous; weights, keys and values have the type T
+// B rows, t tokens each (P pokes, then queries), R = B t <= MOST_TOKENS, W width, H heads, E = W /
+// H (HEAD_DIM), N image tokens. Arrays are contiguous; weights, keys and values have the type T
 // (WEIGHT, float or bfloat16), all else is float.
 
 #include <algorithm>
 #include <cmath>
-#include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 #include <vector>
 
 namespace {
@@ -34,16 +34,16 @@ constexpr float EPS = 1e-6f;  // of all norms
 // The widest vectors; the compiler splits them where the processor's are narrower.
 typedef float V __attribute__((vector_size(64)));
 typedef float Vm __attribute__((vector_size(64), aligned(4), may_alias));
-typedef uint16_t H __attribute__((vector_size(32), aligned(2), may_alias));
-typedef uint32_t U __attribute__((vector_size(64)));
-typedef int32_t I __attribute__((vector_size(64)));
+typedef uint16_t Halves __attribute__((vector_size(32), aligned(2), may_alias));
+typedef uint32_t Bits __attribute__((vector_size(64)));
+typedef int32_t Ints __attribute__((vector_size(64)));
 typedef float V8 __attribute__((vector_size(32)));
 typedef float V4 __attribute__((vector_size(16)));
 
-
 inline V load(const float* p) { return *reinterpret_cast<const Vm*>(p); }
 inline V load(const bfloat16* p) {
-  return reinterpret_cast<V>(__builtin_convertvector(*reinterpret_cast<const H*>(p), U) << 16);
+  return reinterpret_cast<V>(__builtin_convertvector(*reinterpret_cast<const Halves*>(p), Bits)
+                             << 16);
 }
 inline void store(float* p, V v) { *reinterpret_cast<Vm*>(p) = v; }
 
@@ -53,20 +53,14 @@ inline void put(bfloat16* p, float x) {  // to the nearest, ties to even
   std::memcpy(&u, &x, 4);
   p->bits = static_cast<uint16_t>((u + 0x7fff + ((u >> 16) & 1)) >> 16);
 }
-inline float get(const float* p) { return *p; }
-inline float get(const bfloat16* p) {
-  const uint32_t u = static_cast<uint32_t>(p->bits) << 16;
-  float x;
-  std::memcpy(&x, &u, 4);
-  return x;
-}
-
 inline float sum(V v) {
-  const V8 a = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
-               __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
-  const V4 b =
-      __builtin_shufflevector(a, a, 0, 1, 2, 3) + __builtin_shufflevector(a, a, 4, 5, 6, 7);
-  return (b[0] + b[1]) + (b[2] + b[3]);
+  V8 half[2];
+  std::memcpy(half, &v, sizeof v);
+  const V8 eight = half[0] + half[1];
+  V4 quarter[2];
+  std::memcpy(quarter, &eight, sizeof eight);
+  const V4 four = quarter[0] + quarter[1];
+  return (four[0] + four[1]) + (four[2] + four[3]);
 }
 
 // exp of x <= 0, relative error below 2e-7: 2^n times a polynomial of the rest in [-1/2, 1/2] bits.
@@ -74,7 +68,7 @@ inline V exp_of_negative(V x) {
   const V low = V{} - 87.0f;
   x = x > low ? x : low;
   const V y = x * 1.44269504f - 0.5f;
-  const I n = __builtin_convertvector(y, I);  // towards zero, so the nearest whole number
+  const Ints n = __builtin_convertvector(y, Ints);  // towards zero, so the nearest whole number
   const V whole = __builtin_convertvector(n, V);
   // ln 2 in two parts, so that the rest is exact
   const V r = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
@@ -111,7 +105,7 @@ inline void load_step(const float* p, V& a, V& b) {
 }
 inline void load_step(const bfloat16* p, V& a, V& b) {
   typedef uint32_t Um __attribute__((vector_size(64), aligned(2), may_alias));
-  const U pairs = *reinterpret_cast<const Um*>(p);
+  const Bits pairs = *reinterpret_cast<const Um*>(p);
   a = reinterpret_cast<V>(pairs << 16);
   b = reinterpret_cast<V>(pairs & 0xffff0000u);
 }
@@ -130,8 +124,8 @@ inline const float* in_steps(const float* x, int64_t n, float* room, const bfloa
   return room;
 }
 
-// out(r, o, x[r] . w[o]) for the rows o in [begin, end) of a matrix, each read from memory once; for
-// R rows of x, or several times four.
+// out(r, o, x[r] . w[o]) for the rows o in [begin, end) of a matrix, each read from memory once;
+// for R rows of x, or several times four.
 template <int R, class Out>
 inline void product(const T* w, const float* x, int64_t k, int64_t begin, int64_t end, float* room,
                     Out out) {
@@ -206,7 +200,8 @@ inline void attend(const float* q, const T* k, const T* v, int64_t n, const floa
     int64_t end = n;
     if (own_k) {
       V products{};
-      for (int p = 0; p < PARTS; ++p) products += query[r][p] * load(own_k + r * stride + p * LANES);
+      for (int p = 0; p < PARTS; ++p)
+        products += query[r][p] * load(own_k + r * stride + p * LANES);
       own[end++] = sum(products);
     }
     for (; end < apart; ++end) own[end] = -std::numeric_limits<float>::infinity();
@@ -225,8 +220,7 @@ inline void attend(const float* q, const T* k, const T* v, int64_t n, const floa
     }
     total[r] = sum(weights);
     if (own_k)
-      for (int p = 0; p < PARTS; ++p)
-        sums[r][p] += own[n] * load(own_v + r * stride + p * LANES);
+      for (int p = 0; p < PARTS; ++p) sums[r][p] += own[n] * load(own_v + r * stride + p * LANES);
   }
   for (int64_t i = 0; i < n; ++i) {
     V value[PARTS];
@@ -245,8 +239,8 @@ inline void attend(int64_t rows, const float* q, const T* k, const T* v, int64_t
   auto some = [&](auto count, int64_t r) {
     constexpr int R = decltype(count)::value;
     const int64_t at = r * stride;
-    attend<R>(q + at, k, v, n, own_k ? own_k + at : nullptr, own_v ? own_v + at : nullptr,
-                 stride, logits, out + at);
+    attend<R>(q + at, k, v, n, own_k ? own_k + at : nullptr, own_v ? own_v + at : nullptr, stride,
+              logits, out + at);
   };
   int64_t r = 0;
   for (; r + 4 <= rows; r += 4) some(std::integral_constant<int, 4>{}, r);
@@ -265,7 +259,8 @@ void run(const Shape& s, const Layer* layers, const float* cos, const float* sin
 #pragma omp parallel num_threads(s.threads)
   {
     const int64_t longest = std::max(seen, s.image_tokens);
-    std::vector<float> normed(R * w), room(R * std::max(w, s.hidden)), logits(4 * (longest + 2 * LANES));
+    std::vector<float> normed(R * w), room(R * std::max(w, s.hidden)),
+        logits(4 * (longest + 2 * LANES));
 
     // of x + more, where more is given
     auto norm = [&](const float* scales, const float* more) {
@@ -323,10 +318,11 @@ void run(const Shape& s, const Layer* layers, const float* cos, const float* sin
         // in place of the queries: each row's is read before its result is written
         for (int64_t t = 0; t < s.pokes; ++t)
           attend(1, q + t * 3 * w, poke_k, poke_v, s.known + t + 1, nullptr, nullptr, 3 * w,
-                    logits.data(), q + t * 3 * w);
+                 logits.data(), q + t * 3 * w);
         const int64_t at = s.pokes * 3 * w;
-        attend(queries, q + at, poke_k, poke_v, seen, k + at, v + at, 3 * w, logits.data(),
-                  q + at);
+        if (queries)
+          attend(queries, q + at, poke_k, poke_v, seen, k + at, v + at, 3 * w, logits.data(),
+                 q + at);
         for (int64_t t = 0; t < s.tokens; ++t)
           std::copy_n(q + t * 3 * w, E, attended.data() + (first + t) * w + h * E);
       }
@@ -345,13 +341,12 @@ void run(const Shape& s, const Layer* layers, const float* cos, const float* sin
         product<R>(layer.cross_q, normed.data(), w, h * E, (h + 1) * E, room.data(),
                    [&](int64_t r, int64_t o, float y) { attended[r * w + o] = y; });
         for (int64_t r = 0; r < rows; ++r) {
-          const int64_t angle =
-              ((r / s.tokens * s.heads + h) * s.tokens + r % s.tokens) * (E / 2);
+          const int64_t angle = ((r / s.tokens * s.heads + h) * s.tokens + r % s.tokens) * (E / 2);
           rotate(q + r * w, layer.cross_scale[h], cos + angle, sin + angle, E);
         }
         const int64_t image = h * s.image_tokens * E;
         attend(rows, q, layer.memory_k + image, layer.memory_v + image, s.image_tokens, nullptr,
-                  nullptr, w, logits.data(), q);
+               nullptr, w, logits.data(), q);
       }
 
       norm(layer.ffn_norm, attended.data());
@@ -385,5 +380,5 @@ extern "C" void run_layers(const Shape* shape, const Layer* layers, const float*
   else if (rows <= 2) run<2>(s, layers, cos, sin, camera_static, x);
   else if (rows <= 4) run<4>(s, layers, cos, sin, camera_static, x);
   else if (rows <= 8) run<8>(s, layers, cos, sin, camera_static, x);
-  else run<16>(s, layers, cos, sin, camera_static, x);
+  else run<MOST_TOKENS>(s, layers, cos, sin, camera_static, x);
 }

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import logging
 import os
-import shutil
+import platform
+import shlex
 import subprocess
 import tempfile
+import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,8 +28,6 @@ from torch.nn import functional
 
 from fpt_model.layers import Rotation
 from fpt_model.model import FlowPokeTransformer, KeyValue
-
-log = logging.getLogger(__name__)
 
 MOST_TOKENS = 16
 """With more, the products are no longer bound by reading the weights."""
@@ -47,28 +47,22 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fpt_model"
 
 
-def _build(target: Path, defines: Sequence[str]) -> None:
-    compiler = os.environ.get("CXX", "g++")
-    # the OpenMP that torch has loaded: threads of a second one would compete with its threads
-    bundled = sorted(Path(torch.__file__).with_name("lib").glob("libgomp*.so*"))
-    openmp = [str(bundled[0])] if bundled else ["-lgomp"]
-    with tempfile.TemporaryDirectory() as folder:
-        unit, built = Path(folder) / "few_tokens.o", Path(folder) / "few_tokens.so"
-        flags = [*_FLAGS.split(), "-fopenmp", "-fPIC", *defines]
-        for command in (
-            [compiler, *flags, "-c", str(_SOURCE), "-o", str(unit)],
-            [compiler, "-shared", str(unit), *openmp, "-o", str(built)],
-        ):
-            try:
-                done = subprocess.run(command, capture_output=True, text=True, check=False)
-            except OSError as error:
-                raise BuildError(f"{compiler}: {error.strerror or error}") from error
-            if done.returncode:
-                words = next((line for line in done.stderr.splitlines() if "error" in line), "")
-                raise BuildError(f"{compiler} failed: {words or done.stderr.strip()[:200]}")
-        partial = target.with_suffix(f".{os.getpid()}")  # of several processes the last one wins
-        shutil.copy(built, partial)
-        partial.replace(target)
+def _build(folder: Path, compiler: str, defines: Sequence[str], openmp: Sequence[str]) -> Path:
+    """The library in ``folder``; BuildError."""
+    unit, built = folder / "few_tokens.o", folder / "few_tokens.so"
+    flags = [*_FLAGS.split(), "-fopenmp", "-fPIC", *defines]
+    for arguments in (
+        [*flags, "-c", str(_SOURCE), "-o", str(unit)],
+        ["-shared", "-Wl,-z,defs", str(unit), *openmp, "-o", str(built)],
+    ):
+        done = subprocess.run(
+            [*shlex.split(compiler), *arguments], capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            words = next((line for line in done.stderr.splitlines() if "error" in line), "")
+            words = words or done.stderr.strip()[:200]
+            raise BuildError(f"{compiler} failed with {done.returncode}: {words}")
+    return built
 
 
 def _processor() -> str:
@@ -76,34 +70,61 @@ def _processor() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     kinds = ("model name", "flags", "Features", "CPU part")
-    return "".join(line for line in lines if line.startswith(kinds)) + os.uname().machine
+    return "".join(sorted({line for line in lines if line.startswith(kinds)})) + platform.machine()
+
+
+def _loaded(library: Path) -> Any:
+    function = ctypes.CDLL(str(library)).run_layers
+    function.restype = None
+    function.argtypes = [ctypes.c_void_p] * 6
+    return function
+
+
+_building = threading.Lock()
 
 
 @cache
 def _library(head_dim: int, dtype: torch.dtype) -> Any:
     """The function ``run_layers`` for heads and weights of one kind; BuildError."""
+    compiler = os.environ.get("CXX") or "g++"
+    # the OpenMP that torch has loaded: threads of a second one would compete with its threads
+    bundled = sorted(Path(torch.__file__).with_name("lib").glob("libgomp*.so*"))
+    openmp = [str(bundled[0])] if bundled else ["-lgomp"]
     defines = [f"-DHEAD_DIM={head_dim}", f"-DWEIGHT={_TYPES[dtype]}"]
-    what = "\0".join([_SOURCE.read_text(), _FLAGS, *defines, torch.__version__, _processor()])
-    name = f"few_tokens-{hashlib.sha256(what.encode()).hexdigest()[:16]}.so"
-    target = cache_folder() / name
+    defines.append(f"-DMOST_TOKENS={MOST_TOKENS}")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if not target.is_file():
-            _build(target, defines)
-        function = ctypes.CDLL(str(target)).run_layers
-    except OSError as error:
-        raise BuildError(f"{target}: {error}") from error
-    function.restype = None
-    function.argtypes = [ctypes.c_void_p] * 6
-    return function
+        what = [_SOURCE.read_text(), _FLAGS, compiler, *openmp, *defines, _processor()]
+        digest = hashlib.sha256("\0".join(what).encode()).hexdigest()[:16]
+        with _building:
+            return _kept(f"few_tokens-{digest}.so", compiler, defines, openmp)
+    except (OSError, RuntimeError) as error:  # RuntimeError: nobody knows the user's home
+        raise BuildError(str(error)) from error
+
+
+def _kept(name: str, compiler: str, defines: Sequence[str], openmp: Sequence[str]) -> Any:
+    """Out of the cache; built if it is not there, or is damaged."""
+    folder: Path | None = cache_folder()
+    try:
+        assert folder is not None
+        with suppress(OSError):
+            return _loaded(folder / name)
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            folder = None
+    except OSError:
+        folder = None  # it is then built in each process, where nobody else can put anything
+    with tempfile.TemporaryDirectory(dir=folder) as private:
+        built = _build(Path(private), compiler, defines, openmp)
+        return _loaded(built.replace(folder / name) if folder else built)
 
 
 class FewTokens:
     """Stands in for :meth:`FlowPokeTransformer.run_layers` of one prepared model.
 
     Hands on to it what it cannot do: more tokens than `MOST_TOKENS`, several images, queries that
-    see a part of the pokes. Sums are in float32, also between bfloat16's products. BuildError
-    where the C++ cannot be built, ValueError for a model that it is not made for.
+    see a part of the pokes. Sums are in float32, also between bfloat16's products. A deep copy of
+    the model goes on using the weights of the first. BuildError where the C++ cannot be built,
+    ValueError for a model that it is not made for.
     """
 
     def __init__(self, model: FlowPokeTransformer) -> None:
@@ -159,7 +180,7 @@ class FewTokens:
         shape = [len(kept), batch, tokens, pokes, known, kept[0][0].shape[2], self._heads]
         shape += [image_tokens, self._hidden, torch.get_num_threads()]
         sizes = np.array(shape, np.int64)
-        x = x.float().contiguous()
+        x = x.to(torch.float32, copy=True).contiguous()  # is written to
         inputs = [t.contiguous() for t in (*rotation, cond)] + [x]
         self._function(sizes.ctypes.data, pointers.ctypes.data, *(t.data_ptr() for t in inputs))
         return x, kept
@@ -171,6 +192,12 @@ class FewTokens:
         k, v = past
         if k is None or v is None:
             k = v = torch.empty(batch, self._heads, 0, self._head_dim, dtype=self._dtype)
+        expected = batch, self._heads, max(known, k.shape[2]), self._head_dim
+        if k.shape != expected or v.shape != expected or not k.dtype == v.dtype == self._dtype:
+            raise ValueError(
+                f"expected a context of {known} pokes for {batch} rows in {self._dtype}, "
+                f"received keys {list(k.shape)} in {k.dtype}"
+            )
         if k.shape[2] < known + pokes:
             k, v = (functional.pad(t[:, :, :known], (0, 0, 0, pokes)) for t in (k, v))
         return k.contiguous(), v.contiguous()

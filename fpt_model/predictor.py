@@ -83,9 +83,9 @@ class FlowPredictor:
             than asked runs the model: PyTorch when ONNX Runtime or its graphs cannot be had,
             another provider when the first cannot. The logger "fpt_model" warns of it.
         compile: of "torch": fuse operations by torch.compile, and on the CPU run a few tokens
-            (one query, a step of joint sampling) by C++ of our own. Needs a C++ compiler; building
-            takes seconds, once a machine, and so do shapes of a new nature (the first poke, the
-            first batch) in each process.
+            (one query, a step of joint sampling) by C++ of our own. Needs a C++ compiler. Building
+            ours takes seconds, the first time; shapes of a new nature (the first poke, the first
+            batch) do so in each process.
         in_place: of "torch": convert ``model`` itself, which is of no use to others afterwards,
             and so never hold two of it.
 

@@ -50,6 +50,7 @@ from visualization_msgs.msg import MarkerArray
 from fpt_model import FlowPredictor
 from fpt_msgs.action import SampleFlow
 from fpt_msgs.msg import ModelInfo, PokeArray, QueryArray
+from fpt_ros.first_thread import FirstThread
 from fpt_ros.inbox import Request
 from fpt_ros.monitor import TIMES, Monitor
 from fpt_ros.outputs import Outputs
@@ -95,10 +96,14 @@ class FptNode(LifecycleNode):
 
     Services and action are there in every state: when the node is not active they say so, and a
     client need not wonder whether there is a node at all.
+
+    Args:
+        first_thread: loads and runs the model if it is given, else a thread of the node's own.
     """
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, first_thread: FirstThread | None = None, **kwargs: Any) -> None:
         super().__init__("fpt", **kwargs)
+        self._first_thread = first_thread
         self._unchecked_change_state = self._service_change_state.callback
         self._service_change_state.callback = self._change_state
         self._predictor: FlowPredictor | None = None
@@ -141,10 +146,14 @@ class FptNode(LifecycleNode):
             steady = Clock(clock_type=ClockType.STEADY_TIME)
             self._autostart = self.create_timer(0.0, self._start, clock=steady)
 
-    def destroy_node(self) -> None:
-        """End the threads, then destroy as usual."""
+    def end_work(self) -> None:
+        """Answer no more."""
         if self._worker is not None:
             self._worker.stop()
+
+    def destroy_node(self) -> None:
+        """End the threads, then destroy as usual."""
+        self.end_work()
         self._ending.set()
         self._watchdog.join()
         self._action.destroy()
@@ -156,7 +165,8 @@ class FptNode(LifecycleNode):
         """Load the model and create all topics; FAILURE, with a reason, when it can't be had."""
         started = time.perf_counter()
         try:
-            self._predictor = self._load_predictor()
+            first = self._first_thread
+            self._predictor = first.call(self._load_predictor) if first else self._load_predictor()
             self._create_topics()
         except Exception as error:  # whatever a file, a device or a name can cause
             self._release()
@@ -183,6 +193,7 @@ class FptNode(LifecycleNode):
             self.context.ok,
             camera_info=lambda: self._messages.camera_info if self._messages else None,
             with_depth=self._with_depth,
+            begin=self._first_thread.begin if self._first_thread else None,
         )
         config = self._predictor.config
         self.get_logger().info(

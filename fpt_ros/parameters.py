@@ -64,8 +64,9 @@ FPT_PARAMETERS: tuple[Spec, ...] = (
     Spec(
         "compile",
         False,
-        "Of torch: fuse operations with a C++ compiler. Dense outputs come in half the time, "
-        "configuring takes longer, most of all the first time.",
+        "Of torch: use a C++ compiler. One query and joint samples come in a third of the time, "
+        "on a CPU with AMX dense outputs in half. Configuring takes longer, most of all the first "
+        "time.",
         fixed=True,
     ),
     Spec("threads", 0, "CPU threads of the model; 0: the backend's default.", 0, 256, fixed=True),

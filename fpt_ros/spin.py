@@ -11,17 +11,26 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
+from threading import Thread
 from types import FrameType
 from typing import TYPE_CHECKING, Any
+
+from fpt_ros.first_thread import FirstThread
 
 if TYPE_CHECKING:
     from rclpy.node import Node
 
 
 def run(
-    load_node_class: Callable[[], Callable[[], Node]], args: Sequence[str] | None = None
+    load_node_class: Callable[[], Callable[[], Node]],
+    args: Sequence[str] | None = None,
+    first_thread: FirstThread | None = None,
 ) -> int:
     """Load, make and spin a node until a signal; returns the exit code of the process.
+
+    With ``first_thread`` the node spins in another thread, and this one does what it is handed; the
+    node's ``end_work()`` must then end that.
 
     Wrong command-line arguments and parameters are reported in one line, with exit code 1.
     """
@@ -37,12 +46,15 @@ def run(
     node_class = load_node_class()
     node, initialised = None, False
     try:
-        signal.signal(signal.SIGINT, _interrupt)
+        signal.signal(signal.SIGINT, partial(_interrupt, first_thread))
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         rclpy.init(args=None if args is None else list(args))
         initialised = True
         node = node_class()
-        rclpy.spin(node)
+        if first_thread is None:
+            rclpy.spin(node)
+        else:
+            _spin_apart(node, first_thread)
     except (KeyboardInterrupt, ExternalShutdownException):
         pass
     except Exception as error:
@@ -67,7 +79,33 @@ def _leave(*_: Any) -> None:
     os._exit(0)
 
 
-def _interrupt(_: int, frame: FrameType | None) -> None:
+def _spin_apart(node: Any, first_thread: FirstThread) -> None:
+    import rclpy
+
+    failures: list[BaseException] = []
+
+    def spin() -> None:
+        try:
+            rclpy.spin(node)
+        except BaseException as error:  # ExternalShutdownException among them
+            failures.append(error)
+        finally:
+            node.end_work()
+            first_thread.end()
+
+    spinning = Thread(target=spin, name="spin", daemon=True)
+    spinning.start()
+    try:
+        first_thread.serve()
+    finally:
+        spinning.join()  # a signal ends ROS, and so this
+    if failures:
+        raise failures[0]
+
+
+def _interrupt(first_thread: FirstThread | None, _: int, frame: FrameType | None) -> None:
     """KeyboardInterrupt, but not where Python would print and drop it; rclpy ends the spinning."""
+    if first_thread is not None and not first_thread.interruptible:
+        return  # it ends when the spinning does
     if frame is None or frame.f_code.co_name != "__del__":
         raise KeyboardInterrupt

@@ -17,7 +17,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
 from threading import Thread
-from typing import Any
+from typing import Any, Protocol
 
 from rclpy.clock import Clock
 from rclpy.impl.rcutils_logger import RcutilsLogger
@@ -41,6 +41,14 @@ from fpt_ros.services import ANSWERS, Limits, Steps, Subject
 IMAGE_WAIT_S = 1.0
 """Requests that mean an image not yet received wait this long for it."""
 
+
+class Joinable(Protocol):
+    """A thread, or what one does."""
+
+    def join(self) -> None:
+        """Wait until it has ended."""
+
+
 Output = tuple[Publisher, Callable[[Answer, Header], Any]]
 """A publisher, and what makes its message; None: there is none for this answer."""
 
@@ -58,6 +66,7 @@ class Worker:
         alive: False when ROS is shutting down, when failures are no news.
         now_s: the clock by which requests arrive and wait for their image.
         camera_info: the latest one, None before the first.
+        begin: runs a function in another thread and returns something to join; None: a new one.
         with_depth: whether images are to have depth: then each waits for its own for a while, as
             long as some keeps coming, and is answered without if there is none.
     """
@@ -74,6 +83,7 @@ class Worker:
         now_s: Callable[[], float] = time.monotonic,
         camera_info: Callable[[], CameraInfo | None] = lambda: None,
         with_depth: bool = False,
+        begin: Callable[[Callable[[], None]], Joinable] | None = None,
     ) -> None:
         self._predictor, self._outputs, self._parameter = predictor, outputs, parameter
         self._monitor, self._clock, self._logger, self._alive = monitor, clock, logger, alive
@@ -88,22 +98,22 @@ class Worker:
         self._waiting: list[Request] = []  # for their image
         self._jobs: deque[tuple[Request, Steps]] = deque()
         self._inbox = Inbox(parameter("image_history"))
-        self._thread: Thread | None = None
+        self._begin = begin or _begin_thread
+        self._running: Joinable | None = None
 
     # ------------------------------------------------------------ called by the node's callbacks
 
     def start(self) -> None:
         """Begin to answer."""
         self._inbox = Inbox(self._parameter("image_history"))
-        self._thread = Thread(target=self._run, name="fpt_worker", daemon=True)
-        self._thread.start()
+        self._running = self._begin(self._run)
 
     def stop(self) -> None:
         """End after the step at work and refuse what is not answered; what stands is kept."""
         self._inbox.close()
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        if self._running is not None:
+            self._running.join()
+            self._running = None
         unanswered = [*(request for request, _ in self._jobs), *self._waiting]
         for request in [*unanswered, *self._inbox.leftover()]:
             self._refuse(request, RequestError("the node stopped before it could answer"))
@@ -113,7 +123,7 @@ class Worker:
     @property
     def running(self) -> bool:
         """Between start and stop."""
-        return self._thread is not None
+        return self._running is not None
 
     def put_image(self, msg: Image | CompressedImage) -> None:
         """Take note of a new image."""
@@ -456,6 +466,12 @@ class Worker:
     def _internal(self, error: Exception) -> None:
         self._monitor.error("internal", f"{type(error).__name__}: {error}")
         self._logger.debug(traceback.format_exc())
+
+
+def _begin_thread(function: Callable[[], None]) -> Thread:
+    thread = Thread(target=function, name="fpt_worker", daemon=True)
+    thread.start()
+    return thread
 
 
 def _is_command(request: Request) -> bool:

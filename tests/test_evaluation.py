@@ -350,7 +350,10 @@ def test_from_model_to_report(fpt_eval: Any, data: Path, model: Path, tmp_path: 
             assert single["modes"]["all"]["diversity"] == 0
             assert single["epe"]["no_motion"] == found[place]["epe"]["no_motion"]
         assert list(found["curve"]) == ["1", "2", "5", "10", "100"]
-        assert found["ambiguity"]["futures/best_of_two"] <= found["ambiguity"]["futures/mode"]
+        several = found["ambiguity"]
+        assert several["futures/best_of_two"] <= several["futures/mode"]
+        for weighting in ("futures", "distinct"):
+            assert 0 < several[f"{weighting}/known_best_of_two_over_mean"] < 1
         for name in ("pokes", "reliability", "thresholds", "scenes"):
             assert cv2.imread(str(out / f"{split}-{name}.png")).std() > 5
     assert set(figures["splits"]["held_out"]["largest"]["by_kind"]) <= {"lid", "lever", "turntable"}

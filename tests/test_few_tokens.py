@@ -3,7 +3,9 @@
 
 import copy
 import os
+import shlex
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,33 @@ import pytest
 import torch
 from closeness import assert_close
 
-from fpt_model import FlowPokeTransformer, FPTConfig, few_tokens
+from fpt_model import FlowPokeTransformer, FlowPredictor, FPTConfig, few_tokens
 from fpt_model.backends import Precision
 from fpt_model.encoder import preprocess
-from fpt_model.engine import PRECISIONS, TorchEngine, prepare
-from fpt_model.engine import few_tokens as try_few_tokens
+from fpt_model.engine import PRECISIONS, TorchEngine, prepare, try_few_tokens
 from fpt_model.few_tokens import FewTokens
+
+needs_compiler = pytest.mark.skipif(
+    not shutil.which(shlex.split(os.environ.get("CXX") or "g++")[0]), reason="needs a C++ compiler"
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Not the user's, and once for all tests: each build takes seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("cache")
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        yield folder
+
+
+@pytest.fixture(params=[1, 2, 5])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    """Fewer than the model's 3 heads, and more."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +65,7 @@ def model() -> FlowPokeTransformer:
     return model.eval()
 
 
+@needs_compiler
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_few_tokens_are_run_alike(model: FlowPokeTransformer, precision: Precision) -> None:
     """Pokes, queries, hypotheses; a context that grows, with room and without."""
@@ -92,6 +116,88 @@ def test_few_tokens_are_run_alike(model: FlowPokeTransformer, precision: Precisi
     assert len(used) == 18  # the other 3 are too many tokens
 
 
+@needs_compiler
+def test_each_row_has_its_room_and_its_flag(model: FlowPokeTransformer, threads: int) -> None:
+    """As in joint sampling, and beyond: rows with another past and another flag."""
+    prepared = prepare(model, torch.device("cpu"), torch.float32)
+    few = FewTokens(prepared)
+    rng = torch.Generator().manual_seed(0)
+    rows, known, pokes, queries, room = 3, 4, 1, 2, 9
+    x = torch.randn(rows, pokes + queries, 96, generator=rng)
+    rotation = prepared.rope(torch.rand(rows, pokes + queries, 2, generator=rng))
+    memory = [tuple(torch.randn(1, 3, 32, 32, generator=rng) for _ in "kv") for _ in range(3)]
+    past = [tuple(torch.randn(rows, 3, room, 32, generator=rng) for _ in "kv") for _ in range(3)]
+    flags = torch.tensor([1, 0, 1])
+    found, expected = (
+        run(x, pokes, rotation, flags, memory, copy.deepcopy(past), known)
+        for run in (few, prepared.run_layers)
+    )
+    assert_close(found[0], expected[0], 1e-4)
+    for mine, theirs in zip(found[1], expected[1], strict=True):
+        for a, b in zip(mine, theirs, strict=True):
+            assert_close(a[:, :, : known + pokes], b[:, :, : known + pokes], 1e-5)
+    with pytest.raises(ValueError, match="expected a context of 4 pokes for 3 rows"):
+        few(x, pokes, rotation, flags, memory, [(k[:2], v[:2]) for k, v in past], known)
+
+
+@needs_compiler
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_compiled_engine_uses_it(
+    model: FlowPokeTransformer, precision: Precision, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    run = FewTokens.__call__
+
+    def counted(self: FewTokens, *arguments: Any) -> Any:
+        calls.append(arguments)
+        return run(self, *arguments)
+
+    monkeypatch.setattr(FewTokens, "__call__", counted)
+    image = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+    poke = [[0.4, 0.5]], [[0.1, 0.0]]
+    found, expected = (
+        p.predict(p.encode(image), *poke, [[0.3, 0.3]])
+        for p in (
+            FlowPredictor(model, precision=precision, compile=True),
+            FlowPredictor(model, precision=precision),
+        )
+    )
+    assert len(calls) == 1
+    assert_close(found.means, expected.means, {"fp32": 1e-5, "bf16": 0.03}[precision])
+
+
+@needs_compiler
+def test_a_damaged_build_is_made_anew(
+    model: FlowPokeTransformer,
+    cache_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As when the power went away."""
+    prepared = prepare(model, torch.device("cpu"), torch.float32)
+    FewTokens(prepared)
+    damaged = [tmp_path / built.relative_to(cache_folder) for built in cache_folder.rglob("*.so")]
+    damaged[0].parent.mkdir()
+    for library in damaged:
+        library.write_bytes(b"")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    few_tokens._library.cache_clear()
+    FewTokens(prepared)
+    assert any(library.stat().st_size for library in damaged)
+    assert {p for p in tmp_path.rglob("*") if p.is_file()} == set(damaged)
+
+
+@needs_compiler
+def test_where_nothing_can_be_kept_it_is_built_all_the_same(
+    model: FlowPokeTransformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    few_tokens._library.cache_clear()
+    FewTokens(prepare(model, torch.device("cpu"), torch.float32))
+    few_tokens._library.cache_clear()
+
+
 def test_without_a_compiler_few_tokens_run_slowly(
     model: FlowPokeTransformer,
     tmp_path: Path,
@@ -101,9 +207,10 @@ def test_without_a_compiler_few_tokens_run_slowly(
     prepared = prepare(model, torch.device("cpu"), torch.float32)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(few_tokens, "_library", few_tokens._library.__wrapped__)
-    for compiler, reason in (("no-compiler", "No such file"), ("false", "failed")):
+    for compiler, reason in (("no-compiler", "No such file"), ("false", "false failed with 1")):
         monkeypatch.setenv("CXX", compiler)
+        caplog.clear()
         assert try_few_tokens(prepared) is None
-        assert f"{compiler}" in caplog.text
+        assert {record.name for record in caplog.records} == {"fpt_model"}  # as the node listens
         assert reason in caplog.text
     assert not list(tmp_path.rglob("*.so"))

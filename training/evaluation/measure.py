@@ -368,7 +368,8 @@ def measure_ambiguity(predictor: FlowPredictor, scene: AmbiguousScene, grid: int
     """Whether the two most probable modes hold what may happen by itself, without any poke.
 
     Errors are means over points, and over all futures, or over distinct motions, each once; the
-    likelihood is over all futures.
+    likelihood is over all futures. "known" is who has seen these futures: his mean is theirs, his
+    two motions those two of them that leave the least error.
     """
     encoded = predictor.encode(scene.image)
     nothing = np.empty((0, 2))
@@ -381,9 +382,24 @@ def measure_ambiguity(predictor: FlowPredictor, scene: AmbiguousScene, grid: int
         **{name: end_point_error(f, scene.flow, grid) for name, f in _reduced(mixture).items()},
     }
     row: Row = {}
-    for name, error in errors.items():
-        row[f"futures/{name}"] = error.mean()
-        row[f"distinct/{name}"] = error[scene.distinct].mean()
+    for weighting, counted in (
+        ("futures", np.ones_like(scene.distinct)),
+        ("distinct", scene.distinct),
+    ):
+        own = errors | _known_futures(scene.flow, counted, grid)
+        row |= {f"{weighting}/{name}": error[counted].mean() for name, error in own.items()}
     row["nll"] = -mixture.log_prob(scene.flow).mean()
     row["motions"] = scene.distinct.sum(0).mean()
     return row
+
+
+def _known_futures(flow: FloatArray, counted: Mask, grid: int) -> dict[str, FloatArray]:
+    """Errors ``[F, C]`` of the best one knowing the counted motions ``flow [F, C, 2]`` can do."""
+    share = counted / counted.sum(0)  # [F, C]
+    mean = end_point_error((flow * share[..., None]).sum(0), flow, grid)
+    apart = end_point_error(flow[:, None], flow[None], grid)  # [F, F, C]
+    first, second = np.triu_indices(len(flow), 1)
+    nearer = np.minimum(apart[:, first], apart[:, second])  # [F, pairs, C]
+    best = (nearer * share[:, None]).sum(0).argmin(0)  # [C]
+    two = np.take_along_axis(nearer, best[None, None], 1)[:, 0]
+    return {"known_mean": mean, "known_best_of_two": two}

@@ -56,8 +56,12 @@ AnyScene = TypeVar("AnyScene", bound=NamedTuple)
 _PLAIN_RATIOS = {
     "camera": {"speed_flag_0_over_1": ("flag_0/speed", "flag_1/speed")},
     "ambiguity": {
-        f"{weighting}/best_of_two_over_mean": (f"{weighting}/best_of_two", f"{weighting}/mean")
+        f"{weighting}/{known}best_of_two_over_mean": (
+            f"{weighting}/{known}best_of_two",
+            f"{weighting}/{known}mean",
+        )
         for weighting in ("futures", "distinct")
+        for known in ("", "known_")
     },
 }
 
