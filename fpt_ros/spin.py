@@ -21,6 +21,9 @@ from fpt_ros.first_thread import FirstThread
 if TYPE_CHECKING:
     from rclpy.node import Node
 
+_LOOK_UP_S = 0.2
+"""At least so often a thread that spins looks whether ROS has ended."""
+
 
 def run(
     load_node_class: Callable[[], Callable[[], Node]],
@@ -80,17 +83,22 @@ def _leave(*_: Any) -> None:
 
 
 def _spin_apart(node: Any, first_thread: FirstThread) -> None:
-    import rclpy
+    from rclpy.executors import SingleThreadedExecutor
 
+    executor = SingleThreadedExecutor()
+    executor.add_node(node)
     failures: list[BaseException] = []
 
     def spin() -> None:
         try:
-            rclpy.spin(node)
+            # a signal wakes the executor before it ends ROS, and not again
+            while node.context.ok():
+                executor.spin_once(timeout_sec=_LOOK_UP_S)
         except BaseException as error:  # ExternalShutdownException among them
             failures.append(error)
-        finally:
+        try:
             node.end_work()
+        finally:
             first_thread.end()
 
     spinning = Thread(target=spin, name="spin", daemon=True)
