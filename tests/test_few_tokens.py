@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from closeness import assert_close
+from random_weights import randomised
 
 from fpt_model import FlowPokeTransformer, FlowPredictor, FPTConfig, few_tokens
 from fpt_model.backends import Precision
@@ -45,7 +46,6 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 
 @pytest.fixture(scope="module")
 def model() -> FlowPokeTransformer:
-    """Small, with every weight random: at initialisation residual branches are zero."""
     config = FPTConfig(
         name="small",
         encoder="vit_tiny_patch16_224",
@@ -56,21 +56,15 @@ def model() -> FlowPokeTransformer:
         head_dim=32,
         fit="stretch",
     )
-    model = FlowPokeTransformer(config)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for p in model.parameters():
-            noise = torch.randn(p.shape, generator=generator)
-            p.copy_(1 + 0.1 * noise if p.ndim < 2 else noise / p[0].numel() ** 0.5)
-    return model.eval()
+    return randomised(FlowPokeTransformer(config))
 
 
 @needs_compiler
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_few_tokens_are_run_alike(model: FlowPokeTransformer, precision: Precision) -> None:
+def test_few_tokens_are_run_alike(
+    model: FlowPokeTransformer, precision: Precision, threads: int
+) -> None:
     """Pokes, queries, hypotheses; a context that grows, with room and without."""
-    if not shutil.which(os.environ.get("CXX", "g++")):
-        pytest.skip("needs a C++ compiler")
     plain = TorchEngine(model, "cpu", precision)
     few = copy.copy(plain)
     few.model = prepare(model, torch.device("cpu"), PRECISIONS[precision])

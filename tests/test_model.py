@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from closeness import assert_close, assert_mixtures_close
+from random_weights import randomised
 from torch import nn
 
 from fpt_model import (
@@ -61,16 +62,6 @@ CONVOLUTIONAL = dataclasses.replace(
     detail_width=8,
     position_bands=3,
 )
-
-
-def randomised(model: FlowPokeTransformer, seed: int = 0) -> FlowPokeTransformer:
-    """Every weight random: at initialisation the residual branches are zero and hide mistakes."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in model.parameters():
-            noise = torch.randn(p.shape, generator=generator)
-            p.copy_(1 + 0.1 * noise if p.ndim < 2 else noise / p[0].numel() ** 0.5)
-    return model.eval()
 
 
 @pytest.fixture(scope="module", params=[SMALL, CONVOLUTIONAL], ids=lambda config: config.name)
