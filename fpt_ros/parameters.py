@@ -64,8 +64,8 @@ FPT_PARAMETERS: tuple[Spec, ...] = (
     Spec(
         "compile",
         False,
-        "Of torch: use a C++ compiler. One query and joint samples come in a third of the time, "
-        "on a CPU with AMX dense outputs in half. Configuring takes longer, most of all the first "
+        "Of torch: use a C++ compiler. One query and joint samples come in half of the time, "
+        "on a CPU with AMX dense outputs, too. Configuring takes longer, most of all the first "
         "time.",
         fixed=True,
     ),
