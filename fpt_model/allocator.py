@@ -17,10 +17,9 @@ def keep_freed_memory() -> bool:
     glibc returns blocks of some MB to the system as soon as they are freed. PyTorch on the CPU
     takes and frees many of them in each pass, and the system fills each new page with zeros: a
     third of the time of training fpt-tiny, up to a quarter of that of its dense flow (less where
-    large blocks were freed before, to which glibc adapts). The price is that
-    the process keeps what it once needed. It is a setting of the whole process, so programs make
-    it, not this library; elsewhere than with glibc, or with another allocator preloaded, nothing
-    changes.
+    large blocks were freed before, to which glibc adapts). The price is that the process keeps what
+    it once needed. It is a setting of the whole process, so programs make it, not this library;
+    elsewhere than with glibc, or with another allocator preloaded, nothing changes.
     """
     mallopt = _function("mallopt")
     if mallopt is None:

@@ -111,10 +111,7 @@ inline void load_step(const bfloat16* p, V& a, V& b) {
 }
 
 // x [n] in the order of load_step, in room for n where that is another.
-inline const float* in_steps(const float* x, int64_t n, float* room, const float*) {
-  (void)n, (void)room;
-  return x;
-}
+inline const float* in_steps(const float* x, int64_t, float*, const float*) { return x; }
 inline const float* in_steps(const float* x, int64_t n, float* room, const bfloat16*) {
   for (int64_t i = 0; i < n; i += STEP)
     for (int j = 0; j < LANES; ++j) {
@@ -125,13 +122,11 @@ inline const float* in_steps(const float* x, int64_t n, float* room, const bfloa
 }
 
 // out(r, o, x[r] . w[o]) for the rows o in [begin, end) of a matrix, each read from memory once;
-// for R rows of x, or several times four.
+// for R rows of x, which are in_steps, or several times four.
 template <int R, class Out>
-inline void product(const T* w, const float* x, int64_t k, int64_t begin, int64_t end, float* room,
-                    Out out) {
+inline void product(const T* w, const float* x, int64_t k, int64_t begin, int64_t end, Out out) {
   constexpr int ROWS = R < 4 ? R : 4;  // sums of so many, with four of the matrix, are registers
   static_assert(R % ROWS == 0);
-  x = in_steps(x, R * k, room, w);
   int64_t o = begin;
   auto some = [&](auto count) {
     constexpr int C = decltype(count)::value;
@@ -279,6 +274,9 @@ void run(const Shape& s, const Layer* layers, const float* cos, const float* sin
           store(out + i, load(out + i) * factor * load(scale + i));
       }
     };
+    auto stepped = [&](const std::vector<float>& rows_of_x) {
+      return in_steps(rows_of_x.data(), rows_of_x.size(), room.data(), static_cast<T*>(nullptr));
+    };
     // parts of the rows of a matrix; whole groups of four
     auto share = [&](int64_t n, auto body) {
 #pragma omp for schedule(static)
@@ -294,7 +292,7 @@ void run(const Shape& s, const Layer* layers, const float* cos, const float* sin
 
       norm(layer.self_norm, nullptr);
       share(3 * w, [&](int64_t begin, int64_t end) {
-        product<R>(layer.self_qkv, normed.data(), w, begin, end, room.data(),
+        product<R>(layer.self_qkv, stepped(normed), w, begin, end,
                    [&](int64_t r, int64_t o, float y) { qkv[r * 3 * w + o] = y; });
       });
 
@@ -328,17 +326,18 @@ void run(const Shape& s, const Layer* layers, const float* cos, const float* sin
       }
 
       share(w, [&](int64_t begin, int64_t end) {
-        product<R>(layer.self_out, attended.data(), w, begin, end, room.data(),
+        product<R>(layer.self_out, stepped(attended), w, begin, end,
                    [&](int64_t r, int64_t o, float y) {
                      if (r < rows) x[r * w + o] += y;
                    });
       });
 
       norm(layer.cross_norm, nullptr);
+      const float* cross_input = stepped(normed);
 #pragma omp for schedule(static)
       for (int64_t h = 0; h < s.heads; ++h) {
         float* q = attended.data() + h * E;
-        product<R>(layer.cross_q, normed.data(), w, h * E, (h + 1) * E, room.data(),
+        product<R>(layer.cross_q, cross_input, w, h * E, (h + 1) * E,
                    [&](int64_t r, int64_t o, float y) { attended[r * w + o] = y; });
         for (int64_t r = 0; r < rows; ++r) {
           const int64_t angle = ((r / s.tokens * s.heads + h) * s.tokens + r % s.tokens) * (E / 2);
@@ -351,15 +350,16 @@ void run(const Shape& s, const Layer* layers, const float* cos, const float* sin
 
       norm(layer.ffn_norm, attended.data());
       share(s.hidden, [&](int64_t begin, int64_t end) {
-        product<R>(layer.ffn_up, normed.data(), w, begin, end, room.data(),
+        const float* input = stepped(normed);
+        product<R>(layer.ffn_up, input, w, begin, end,
                    [&](int64_t r, int64_t o, float y) { gated[r * s.hidden + o] = y; });
-        product<R>(layer.ffn_up, normed.data(), w, s.hidden + begin, s.hidden + end, room.data(),
+        product<R>(layer.ffn_up, input, w, s.hidden + begin, s.hidden + end,
                    [&](int64_t r, int64_t o, float y) {
                      gated[r * s.hidden + o - s.hidden] *= y / (1 + std::exp(-y));
                    });
       });
       share(w, [&](int64_t begin, int64_t end) {
-        product<R>(layer.ffn_down, gated.data(), s.hidden, begin, end, room.data(),
+        product<R>(layer.ffn_down, stepped(gated), s.hidden, begin, end,
                    [&](int64_t r, int64_t o, float y) {
                      if (r < rows) x[r * w + o] += attended[r * w + o] + y;
                    });

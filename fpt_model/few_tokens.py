@@ -103,19 +103,16 @@ def _library(head_dim: int, dtype: torch.dtype) -> Any:
 
 def _kept(name: str, compiler: str, defines: Sequence[str], openmp: Sequence[str]) -> Any:
     """Out of the cache; built if it is not there, or is damaged."""
-    folder: Path | None = cache_folder()
-    try:
-        assert folder is not None
-        with suppress(OSError):
-            return _loaded(folder / name)
+    folder = cache_folder()
+    with suppress(OSError):
+        return _loaded(folder / name)
+    with suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            folder = None
-    except OSError:
-        folder = None  # it is then built in each process, where nobody else can put anything
-    with tempfile.TemporaryDirectory(dir=folder) as private:
+    kept = os.access(folder, os.W_OK) and folder.is_dir()
+    # otherwise it is built in each process, where nobody else can put anything
+    with tempfile.TemporaryDirectory(dir=folder if kept else None) as private:
         built = _build(Path(private), compiler, defines, openmp)
-        return _loaded(built.replace(folder / name) if folder else built)
+        return _loaded(built.replace(folder / name) if kept else built)
 
 
 class FewTokens:

@@ -66,9 +66,9 @@ class Worker:
         alive: False when ROS is shutting down, when failures are no news.
         now_s: the clock by which requests arrive and wait for their image.
         camera_info: the latest one, None before the first.
-        begin: runs a function in another thread and returns something to join; None: a new one.
         with_depth: whether images are to have depth: then each waits for its own for a while, as
             long as some keeps coming, and is answered without if there is none.
+        begin: runs a function in another thread and returns something to join; None: a new one.
     """
 
     def __init__(
