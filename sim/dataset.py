@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from sim.simulator import Frame, Future, Simulator
 
 SPLITS: dict[str, tuple[str, ...]] = {
-    "train": (*TRAIN_KINDS, "assembly", "assembly"),  # the kind with the most variety, thrice
+    "train": (*TRAIN_KINDS, *["assembly"] * 4),  # the kind with the most variety, five times
     "val": TRAIN_KINDS,
     "held_out": HELD_OUT_KINDS,
     "foreign": FOREIGN_KINDS,
@@ -51,7 +51,7 @@ SEED_STRIDE = 3
 FORMAT = 2
 """Version of the shards' layout, in each manifest."""
 
-GENERATOR = 5
+GENERATOR = 6
 """Raised when worlds or futures of the same seed change: shards of two versions do not mix."""
 
 
@@ -162,6 +162,7 @@ class Settings:
     images_per_world: int = 4  # a world is drawn anew (camera, state, looks) so often
     images_per_shard: int = 500
     camera_motion_probability: float = 0.15
+    wide_probability: float = 0.0  # that joints go most of their way, see `Simulator.sample_future`
 
 
 def _encode(extension: str, picture: NDArray, *options: int) -> bytes:
@@ -214,7 +215,7 @@ def simulate(
             world.rerandomize(rng)
         frame = world.render()
         futures = [
-            world.sample_future(rng, settings.camera_motion_probability)
+            world.sample_future(rng, settings.camera_motion_probability, settings.wide_probability)
             for _ in range(settings.futures)
         ]
         yield Simulated(number, seed, world, frame, futures)
@@ -433,6 +434,12 @@ def main() -> None:
         default=default.camera_motion_probability,
         help="share of futures with a moving camera",
     )
+    parser.add_argument(
+        "--wide",
+        type=float,
+        default=default.wide_probability,
+        help="share of futures whose joints go most of their way; for training",
+    )
     parser.add_argument("--assets", type=Path, help='packages for "foreign", see sim.foreign')
     parser.add_argument("--workers", type=int, default=1, help="processes")
     parser.add_argument(
@@ -448,6 +455,7 @@ def main() -> None:
         images_per_world=args.images_per_world,
         images_per_shard=args.images_per_shard,
         camera_motion_probability=args.camera_motion,
+        wide_probability=args.wide,
     )
     manifest = write_dataset(
         args.out, args.split, args.images, settings, args.workers, args.shards, args.assets

@@ -379,18 +379,24 @@ class Simulator:
     # Futures --------------------------------------------------------------------------------
 
     def sample_future(
-        self, rng: np.random.Generator, camera_motion_probability: float = 0.0
+        self,
+        rng: np.random.Generator,
+        camera_motion_probability: float = 0.0,
+        wide_probability: float = 0.0,
     ) -> Future:
         """Draws one of the possible continuations of the present state, which stays as it is.
 
         Mostly one visible part moves, at times two or three, in 1 of 20 nothing; free bodies are
-        pushed and stepped by MuJoCo, or carried as by a hand. Camera motion comes on top.
+        pushed and stepped by MuJoCo, or carried as by a hand. Camera motion comes on top. A joint
+        goes any share of its way, small ones more often; with `wide_probability` most of it.
         """
         camera_motion = np.eye(4)
         if rng.random() < camera_motion_probability:
             camera_motion = self._draw_camera_motion(rng)
+        # Nothing is drawn for 0, so that the futures of the evaluated splits stay what they are.
+        wide = wide_probability > 0 and rng.random() < wide_probability
         for _ in range(8):
-            future = self._draw_future(rng, camera_motion)
+            future = self._draw_future(rng, camera_motion, wide)
             if self._acceptable(future):
                 return future
         return self._still(camera_motion)
@@ -404,7 +410,7 @@ class Simulator:
         translation = rng.normal(0, 0.06 * size, 3) * self._camera_distance
         return _rigid(_rotation(rng.normal(0, 0.04 * size, 3)), translation)
 
-    def _draw_future(self, rng: np.random.Generator, camera_motion: NDArray) -> Future:
+    def _draw_future(self, rng: np.random.Generator, camera_motion: NDArray, wide: bool) -> Future:
         visible = self._visible_parts()
         if rng.random() < 0.05 or not len(visible):
             return self._still(camera_motion)
@@ -427,7 +433,7 @@ class Simulator:
             else:
                 address = self._qpos_of_part[i]
                 low, high = self._range_of_part[i]
-                qpos[address] = self._next_joint_value(rng, qpos[address], low, high)
+                qpos[address] = self._next_joint_value(rng, qpos[address], low, high, wide)
                 names.append(f"part {self._body_of_part[i]} moves")
         motion = self._motion_to(qpos)
         description = ", ".join(names)
@@ -442,12 +448,14 @@ class Simulator:
         return self._visible[1]
 
     @staticmethod
-    def _next_joint_value(rng: np.random.Generator, value: float, low: float, high: float) -> float:
+    def _next_joint_value(
+        rng: np.random.Generator, value: float, low: float, high: float, wide: bool
+    ) -> float:
         """Another value in the limits: either direction, from tiny to the full way."""
         rooms = np.array([value - low, high - value])
         possible = rooms > 0.03 * (high - low)
         direction = int(rng.choice(np.flatnonzero(possible)))
-        share = np.exp(rng.uniform(np.log(0.05), 0.0))
+        share = rng.uniform(0.3, 1.0) if wide else np.exp(rng.uniform(np.log(0.05), 0.0))
         return float(value + (-1, 1)[direction] * share * rooms[direction])
 
     def _motion_to(self, qpos: NDArray[np.float64]) -> NDArray[np.float32]:
@@ -536,7 +544,7 @@ class Simulator:
         size = np.exp(rng.uniform(np.log(0.05), 0.0))
         reach = self._world.main_extent.x * size
         shift = np.append(rng.normal(0, 0.6, 2), 0.0) * reach * (rng.random() < 0.8)
-        if rng.random() < 0.4:
+        if rng.random() < 0.25:
             shift[2] = abs(rng.normal(0, 0.5)) * reach
         turning = np.zeros(3)
         if rng.random() < 0.5:

@@ -353,7 +353,8 @@ def test_from_model_to_report(fpt_eval: Any, data: Path, model: Path, tmp_path: 
         several = found["ambiguity"]
         assert several["futures/best_of_two"] <= several["futures/mode"]
         for weighting in ("futures", "distinct"):
-            assert 0 < several[f"{weighting}/known_best_of_two_over_mean"] < 1
+            known = several[f"{weighting}/known_best_of_two_over_mean"]
+            assert 0 < known < several[f"{weighting}/two_draws_over_mean"]
         for name in ("pokes", "reliability", "thresholds", "scenes"):
             assert cv2.imread(str(out / f"{split}-{name}.png")).std() > 5
     assert set(figures["splits"]["held_out"]["largest"]["by_kind"]) <= {"lid", "lever", "turntable"}

@@ -173,6 +173,25 @@ def test_a_pushed_body_takes_others_along_by_contact() -> None:
     assert 0.2 < together / pushes < 0.8
 
 
+def test_wide_futures_go_most_of_a_joints_way() -> None:
+    """Of the room in the direction taken; without the wish, less than half in most cases."""
+    shares: dict[float, list[float]] = {0.0: [], 1.0: []}
+    for wide, found in shares.items():
+        for seed in range(8):
+            world, rng = Simulator("drawer", seed, (64, 64)), np.random.default_rng(0)
+            before = world.data.qpos.copy()
+            low, high = world.model.jnt_range.T
+            for _ in range(6):
+                after = world.sample_future(rng, wide_probability=wide).qpos
+                for j in np.flatnonzero(after != before):
+                    limit = high[j] if after[j] > before[j] else low[j]
+                    found.append((after[j] - before[j]) / (limit - before[j]))
+        assert len(found) > 40
+        assert 0 < min(found) < max(found) <= 1 + 1e-9
+    assert min(shares[1.0]) >= 0.3 - 1e-9
+    assert np.median(shares[0.0]) < 0.5 < np.median(shares[1.0])
+
+
 def test_a_link_takes_the_links_beyond_it_along() -> None:
     moved = set()
     for seed in range(6):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Training data and trainer, on a few images that the simulation really made."""
 
+import copy
 import json
 import shutil
 from dataclasses import replace
@@ -415,6 +416,17 @@ def test_a_larger_model_goes_on_where_the_smaller_one_stopped(tmp_path: Path) ->
     asked = *asked, torch.rand(1, 1, 4, 2, generator=g), torch.tensor([True]), torch.tensor([2])
     with torch.no_grad():
         assert (model(image, *asked) - small(image, *asked)).abs().max() < 1e-5
+
+
+def test_another_number_of_components_gets_a_new_last_layer(run: Path) -> None:
+    model = larger(CONFIG, components=1)
+    before = copy.deepcopy(model.state_dict())
+    train.start_from(model, str(run / "model.safetensors"))
+    start = load_model(run / "model.safetensors").state_dict()
+    last = {"head.5.weight", "head.5.bias"}
+    assert last < set(before)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key] if key in last else start[key]), key
 
 
 @pytest.mark.parametrize(

@@ -92,14 +92,18 @@ def start_from(model: FlowPokeTransformer, name: str) -> None:
 
     ``model`` may be larger in three ways: further tensors stay as they were initialised, further
     inputs of a matrix, which stand last, begin with weight zero, and it may have flow_dim 3 instead
-    of 2 (:mod:`fpt_model.lift`). ValueError names what else differs.
+    of 2 (:mod:`fpt_model.lift`). With another number of components the last layer of the head stays
+    as it was initialised. ValueError names what else differs.
     """
     start = load_model(name)
     bands = start.config.position_bands, model.config.position_bands
     if bands[0] != bands[1]:  # these inputs stand before others
         raise ValueError(f"{name} has position_bands = {bands[0]}, the run's model {bands[1]}")
     lift = (start.config.flow_dim, model.config.flow_dim) == (2, 3)
-    source = lifted_state(start) if lift else start.state_dict()
+    source = dict(lifted_state(start) if lift else start.state_dict())
+    if start.config.components != model.config.components:
+        last = f"head.{len(model.head) - 1}."
+        source = {key: value for key, value in source.items() if not key.startswith(last)}
     own = model.state_dict()
     if missing := sorted(set(source) - set(own)):
         raise ValueError(f"{name} has the tensor {missing[0]!r}, which the run's model has not")

@@ -6,7 +6,7 @@ not. What a model learns here is to look for edges, gaps and axes rather than fo
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mujoco
 import numpy as np
@@ -25,6 +25,7 @@ class Site:
     pos: tuple[float, float, float]
     quat: tuple[float, ...]
     half: tuple[float, float]
+    round: bool = False
 
 
 _SMALLEST = 0.04  # half size of a face for parts: below, they are neither seen nor have inertia
@@ -55,7 +56,7 @@ def _base(b: Builder, root: Body) -> tuple[list[Site], Extent]:
     """A solid that stands, with the faces where parts may be mounted."""
     style = b.pick(
         *("box", "box", "box", "box", "hollow", "hollow", "stack"),
-        *("round", "round", "round", "post", "frame", "ell"),
+        *("round", "round", "round", "round", "post", "frame", "ell"),
     )
     x, y = b.uniform(0.15, 0.5), b.uniform(0.12, 0.4)
     z = float(np.exp(b.uniform(np.log(0.03), np.log(0.5))))
@@ -103,7 +104,7 @@ def _base(b: Builder, root: Body) -> tuple[list[Site], Extent]:
             top = max(level for _, level in profile)
             r = max(radius for radius, level in profile if level == top)
         side = min(z, 0.6 * x)
-        sites = [Site((0, 0, top), _UPRIGHT, (max(r, 0.3 * x),) * 2)]
+        sites = [Site((0, 0, top), _UPRIGHT, (max(r, 0.3 * x),) * 2, True)]
         sites.append(Site((0, -0.97 * x, z), _FRONT, (0.6 * x, side)))
         return sites, Extent(x, x, top)
     if style == "post":
@@ -146,11 +147,32 @@ def _slab(
     thick: float,
     centre: tuple[float, float, float],
     index: int,
+    round_face: bool = False,
 ) -> None:
-    """A flat thing in the x-y plane of `body`, its lower face at the height of `centre`."""
+    """A flat thing in the x-y plane of `body`, its lower face at the height of `centre`.
+
+    On a round face it mostly is round as well: a disc, or as the covers of pots are.
+    """
     (hx, hy), (x, y, z) = half, centre
     small = min(half)
-    style = b.pick("plate", "plate", "disc", "disc", "frame", "dome", "tub")
+    if round_face:
+        style = b.pick("disc", "disc", "bowl", "cone", "plate")
+    else:
+        style = b.pick("plate", "plate", "disc", "disc", "frame", "dome", "tub")
+    if style in ("bowl", "cone"):
+        high = b.uniform(0.1, 0.7) * small
+        rim = [(0.0, 0.0), (small, 0.0), (small, 2 * thick)]
+        if style == "bowl":
+            angle = np.linspace(0.15, 0.9, 4) * np.pi / 2
+            rim += [(small * np.cos(a), 2 * thick + high * np.sin(a)) for a in angle]
+        else:
+            rim.append((b.uniform(0.1, 0.8) * small, 2 * thick + high))
+        top = rim[-1][1]
+        b.lathe(body, [*rim, (0.0, top)], centre, "z", "front", index, b.pick(6, 8, 20, 20))
+        if b.chance(0.5):
+            size = b.uniform(0.06, 0.25) * small
+            b.ellipsoid(body, (size, size, 0.7 * size), (x, y, z + top), "handle", index)
+        return
     if style == "disc" and max(half) < 1.6 * small:
         b.cylinder(body, small, thick, (x, y, z + thick), "z", "front", index)
     elif style == "frame" and small > 0.06:
@@ -238,13 +260,13 @@ def _load(b: Builder, body: Body, reach: float, z: float, index: int) -> None:
 # What moves: joints ---------------------------------------------------------------------------
 
 
-def _cover(b: Builder, frame: Body, half: tuple[float, float], index: int) -> Body:
+def _cover(b: Builder, frame: Body, face: Site, index: int) -> Body:
     """Lies on the face, often on all of it, and opens about one of its edges.
 
     Not about the one at +y, which on a top face is at the back: that is the kind "lid", held out.
     """
     least = b.pick(0.5, 0.97)
-    hx, hy = (i * b.uniform(least, 1.06) for i in half)
+    hx, hy = (i * b.uniform(least, 1.06) for i in face.half)
     thick = b.uniform(0.005, 0.03)
     # The axis of the hinge, and where it lies.
     edge, side = b.pick(("x", -1), ("y", -1), ("y", 1))
@@ -256,30 +278,30 @@ def _cover(b: Builder, frame: Body, half: tuple[float, float], index: int) -> Bo
     else:
         pos, axis, centre = (side * hx, 0, 0), (0, side, 0), (-side * hx, 0, 0)
     part = b.hinge(frame, pos, axis, (low, limit), rest=b.uniform(0.2, 0.6))
-    _slab(b, part, (hx, hy), thick, centre, index)
+    _slab(b, part, (hx, hy), thick, centre, index, face.round)
     if b.chance(0.3):  # the hinge can be seen
         length = hx if edge == "x" else hy
         b.cylinder(part, 1.3 * thick, b.uniform(0.3, 1.0) * length, (0, 0, 0), edge, "joint", index)
     return part
 
 
-def _cap(b: Builder, frame: Body, half: tuple[float, float], index: int) -> Body:
+def _cap(b: Builder, frame: Body, face: Site, index: int) -> Body:
     """Lies on all of the face and is taken off it, or pushed along it."""
-    hx, hy = (i * b.uniform(0.9, 1.08) for i in half)
-    far = b.uniform(0.3, 1.2) * max(half)
+    hx, hy = (i * b.uniform(0.9, 1.08) for i in face.half)
+    far = b.uniform(0.3, 1.2) * max(face.half)
     axis = b.pick((0, 0, 1), (0, 0, 1), (1, 0, 0), (0, 1, 0))
     part = b.slide(frame, (0, 0, 0), axis, (0 if axis[2] else -far, far), rest=0.6)
-    _slab(b, part, (hx, hy), b.uniform(0.005, 0.08), (0, 0, 0), index)
+    _slab(b, part, (hx, hy), b.uniform(0.005, 0.08), (0, 0, 0), index, face.round)
     if b.chance(0.2):
-        _load(b, part, min(half), 0.03, index)
+        _load(b, part, min(face.half), 0.03, index)
     return part
 
 
-def _spinner(b: Builder, frame: Body, half: tuple[float, float], index: int) -> Body:
+def _spinner(b: Builder, frame: Body, face: Site, index: int) -> Body:
     """Turns about the face's normal, with what stands on it."""
-    radius = min(half) * b.uniform(0.5, 1.2)
+    radius = min(face.half) * b.uniform(0.5, 1.2)
     limit = b.uniform(0.8, 2.8)
-    off = tuple(b.uniform(-0.3, 0.3) * i for i in half) if b.chance(0.3) else (0.0, 0.0)
+    off = tuple(b.uniform(-0.3, 0.3) * i for i in face.half) if b.chance(0.3) else (0.0, 0.0)
     part = b.hinge(frame, (*off, 0.002), (0, 0, 1), (-limit, limit), rest=0.2)
     if b.chance(0.35):
         add_dial(b, part, radius, index)
@@ -291,11 +313,11 @@ def _spinner(b: Builder, frame: Body, half: tuple[float, float], index: int) -> 
     return part
 
 
-def _swing(b: Builder, frame: Body, half: tuple[float, float], index: int) -> Body:
+def _swing(b: Builder, frame: Body, face: Site, index: int) -> Body:
     """A bar in front of the face, turning about the normal at its end or somewhere along it."""
-    length = max(half) * b.uniform(0.6, 2.0)
+    length = max(face.half) * b.uniform(0.6, 2.0)
     thick = length * b.uniform(0.03, 0.1)
-    at = tuple(b.uniform(-0.7, 0.7) * i for i in half)
+    at = tuple(b.uniform(-0.7, 0.7) * i for i in face.half)
     heading = turn("z", b.uniform(-np.pi, np.pi) if b.chance(0.5) else np.pi / 2)
     limit = b.uniform(0.5, 1.6)
     pos = (*at, 1.5 * thick)
@@ -309,11 +331,11 @@ def _swing(b: Builder, frame: Body, half: tuple[float, float], index: int) -> Bo
     return part
 
 
-def _stick(b: Builder, frame: Body, half: tuple[float, float], index: int) -> Body:
+def _stick(b: Builder, frame: Body, face: Site, index: int) -> Body:
     """A bar that stands out of the face and tips about its foot."""
     length = b.uniform(0.15, 0.7)
     thick = length * b.uniform(0.03, 0.1)
-    at = tuple(b.uniform(-0.6, 0.6) * i for i in half)
+    at = tuple(b.uniform(-0.6, 0.6) * i for i in face.half)
     heading = turn("z", b.pick(0, np.pi / 2, b.uniform(0, np.pi)))
     limit = b.uniform(0.4, 1.1)
     part = b.hinge(frame, (*at, 0), (1, 0, 0), (-limit, limit), heading, rest=0.15)
@@ -323,12 +345,12 @@ def _stick(b: Builder, frame: Body, half: tuple[float, float], index: int) -> Bo
     return part
 
 
-def _flag(b: Builder, frame: Body, half: tuple[float, float], index: int) -> Body:
+def _flag(b: Builder, frame: Body, face: Site, index: int) -> Body:
     """A plate that stands on the face; turns about its foot, or about an upright edge."""
-    width, high = max(half) * b.uniform(0.4, 1.2), b.uniform(0.15, 0.6)
+    width, high = max(face.half) * b.uniform(0.4, 1.2), b.uniform(0.15, 0.6)
     thick = b.uniform(0.005, 0.02)
     heading = turn("z", b.pick(0, 0, np.pi / 2, b.uniform(-np.pi, np.pi)))
-    at = tuple(b.uniform(-0.5, 0.5) * i for i in half)
+    at = tuple(b.uniform(-0.5, 0.5) * i for i in face.half)
     limit = b.uniform(0.6, 1.4)
     if b.chance(0.5):
         part = b.hinge(frame, (*at, 0), (1, 0, 0), (-limit, limit), heading, rest=0.3)
@@ -341,9 +363,9 @@ def _flag(b: Builder, frame: Body, half: tuple[float, float], index: int) -> Bod
     return part
 
 
-def _rocker(b: Builder, frame: Body, half: tuple[float, float], index: int) -> Body:
+def _rocker(b: Builder, frame: Body, face: Site, index: int) -> Body:
     """A plate on a pivot above the face, tipping to both sides."""
-    hx, hy = (max(i, 0.08) * b.uniform(0.5, 1.2) for i in half)
+    hx, hy = (max(i, 0.08) * b.uniform(0.5, 1.2) for i in face.half)
     high = b.uniform(0.03, 0.2)
     b.box(frame, (0.1 * hx, 0.6 * hy, high / 2), (0, 0, high / 2), "base")
     limit = float(np.arctan2(0.9 * high, hx))
@@ -354,11 +376,11 @@ def _rocker(b: Builder, frame: Body, half: tuple[float, float], index: int) -> B
     return part
 
 
-def _shuttle(b: Builder, frame: Body, half: tuple[float, float], index: int) -> Body:
+def _shuttle(b: Builder, frame: Body, face: Site, index: int) -> Body:
     """Slides along the face."""
     along = b.integer(0, 1)
     heading = turn("z", (0, np.pi / 2)[along] + (b.uniform(-0.8, 0.8) if b.chance(0.3) else 0))
-    room, across = half[along], half[1 - along]
+    room, across = face.half[along], face.half[1 - along]
     hx, hy = room * b.uniform(0.15, 0.6), across * b.uniform(0.2, 1.05)
     way = max(room - hx, 0.3 * room) * b.uniform(0.6, 1.3)
     if b.chance(0.5):  # a rail or a slot
@@ -375,28 +397,29 @@ def _shuttle(b: Builder, frame: Body, half: tuple[float, float], index: int) -> 
     return part
 
 
-def _piston(b: Builder, frame: Body, half: tuple[float, float], index: int) -> Body:
+def _piston(b: Builder, frame: Body, face: Site, index: int) -> Body:
     """Slides out of the face and back: a button, a plug, a drawer of any shape."""
     deep = b.uniform(0.1, 0.6)
-    at = tuple(b.uniform(-0.3, 0.3) * i for i in half) if b.chance(0.5) else (0.0, 0.0)
+    at = tuple(b.uniform(-0.3, 0.3) * i for i in face.half) if b.chance(0.5) else (0.0, 0.0)
     part = b.slide(frame, (*at, 0), (0, 0, 1), (0, deep * b.uniform(0.5, 0.9)), rest=0.35)
     out = b.uniform(0.005, 0.08)
     if b.chance(0.6):
-        hx, hy = (i * b.uniform(0.2, 0.95) for i in half)
+        hx, hy = (i * b.uniform(0.2, 0.95) for i in face.half)
         b.box(part, (hx, hy, (deep + out) / 2), (0, 0, (out - deep) / 2), "front", index)
         if b.chance(0.6):
             _slab(b, part, (hx * 1.04, hy * 1.04), 0.008, (0, 0, out), index)
     else:
-        r = min(half) * b.uniform(0.2, 0.95)
+        r = min(face.half) * b.uniform(0.2, 0.95)
         b.cylinder(part, r, (deep + out) / 2, (0, 0, (out - deep) / 2), "z", "front", index)
         if b.chance(0.5):
             b.cylinder(part, r * b.uniform(0.6, 1.3), 0.01, (0, 0, out), "z", "handle", index)
     return part
 
 
-_MOUNTS: tuple[Callable[[Builder, Body, tuple[float, float], int], Body], ...] = (
-    *(_cover, _cover, _cover, _cover, _cap, _cap),
-    *(_spinner, _spinner, _swing, _stick, _flag, _rocker, _shuttle, _piston),
+_MOUNTS: tuple[Callable[[Builder, Body, Site, int], Body], ...] = (
+    *(_cover, _cover, _cover, _cover, _cover, _cover, _cap, _cap, _cap),
+    *(_spinner, _spinner, _spinner, _spinner),
+    *(_swing, _stick, _flag, _rocker, _shuttle, _piston),
 )
 
 
@@ -404,26 +427,28 @@ def assembly(b: Builder, root: Body) -> Extent:
     """One to four parts on a random base, at times one that carries another."""
     body = b.fixed(root, quat=turn("z", b.uniform(-0.7, 0.7) if b.chance(0.6) else 0.0))
     sites, extent = _base(b, body)
-    # Faces that a camera in front sees come first.
+    # Faces that a camera in front sees come first, and of them the one that things lie on.
     count = min(b.pick(1, 1, 1, 2, 2, 3, 4), len(sites))
-    chances = np.array([1.0 if i < 2 else 0.4 for i in range(len(sites))])
+    chances = np.array([(2.0, 1.0)[i] if i < 2 else 0.4 for i in range(len(sites))])
     chosen = b.rng.choice(len(sites), count, replace=False, p=chances / chances.sum())
     for index, number in enumerate(chosen):
         site = sites[int(number)]
         half = (max(site.half[0], _SMALLEST), max(site.half[1], _SMALLEST))
+        face = replace(site, half=half)
         frame = b.fixed(body, site.pos, site.quat)
-        cells = b.pick(1, 1, 1, 2, 3) if min(half) > 0.1 else 1
+        cells = b.pick(1, 1, 1, 2, 3) if min(half) > 0.1 and not site.round else 1
         if cells > 1:  # several of the same size beside each other
             mount = b.pick(*_MOUNTS)
             width = half[0] / cells
+            cell = replace(site, half=(width * 0.93, half[1]))
             for i in range(cells):
                 at = b.fixed(frame, (width * (2 * i + 1 - cells), 0, 0))
-                mount(b, at, (width * 0.93, half[1]), index)
+                mount(b, at, cell, index)
             continue
-        part = b.pick(*_MOUNTS)(b, frame, half, index)
+        part = b.pick(*_MOUNTS)(b, frame, face, index)
         if b.chance(0.12):
             size = max(0.35 * min(half), _SMALLEST)
             at = b.fixed(part, (0, 0, b.uniform(0.02, 0.1)))
-            b.pick(*_MOUNTS)(b, at, (size, size), index + 4)
+            b.pick(*_MOUNTS)(b, at, replace(site, half=(size, size)), index + 4)
     reach = max(extent.x, extent.y) * 1.1
     return Extent(reach, extent.y * 1.1, extent.z + 0.1)

@@ -364,20 +364,27 @@ def measure_camera(
     return row
 
 
-def measure_ambiguity(predictor: FlowPredictor, scene: AmbiguousScene, grid: int) -> Row:
+def measure_ambiguity(
+    predictor: FlowPredictor, scene: AmbiguousScene, grid: int, rng: np.random.Generator
+) -> Row:
     """Whether the two most probable modes hold what may happen by itself, without any poke.
 
     Errors are means over points, and over all futures, or over distinct motions, each once; the
-    likelihood is over all futures. "known" is who has seen these futures: his mean is theirs, his
-    two motions those two of them that leave the least error.
+    likelihood is over all futures. Besides the two most probable modes, the two of the mixture's
+    own draws that leave the others the least error ("two_draws"): a mixture may spend its most
+    probable components on one motion and its sizes. "known" is who has seen these futures: his mean
+    is theirs, his two motions those two of them that leave the least error.
     """
     encoded = predictor.encode(scene.image)
     nothing = np.empty((0, 2))
     mixture = predictor.predict(encoded, nothing, nothing, scene.points, True).marginal(2)
     means = mixture.modes().means  # [C, K, 2]
     modes = end_point_error(means, scene.flow[:, :, None], grid)  # [F, C, K]
+    draws = mixture.sample(_DRAWS, rng)
+    two = best_two(draws, np.full(draws.shape[:2], 1 / _DRAWS))
     errors = {
         "best_of_two": modes[..., :2].min(-1),
+        "two_draws": end_point_error(two[:, None], scene.flow, grid).min(0),
         "best_of_all": modes.min(-1),
         **{name: end_point_error(f, scene.flow, grid) for name, f in _reduced(mixture).items()},
     }
@@ -397,9 +404,20 @@ def _known_futures(flow: FloatArray, counted: Mask, grid: int) -> dict[str, Floa
     """Errors ``[F, C]`` of the best one knowing the counted motions ``flow [F, C, 2]`` can do."""
     share = counted / counted.sum(0)  # [F, C]
     mean = end_point_error((flow * share[..., None]).sum(0), flow, grid)
-    apart = end_point_error(flow[:, None], flow[None], grid)  # [F, F, C]
-    first, second = np.triu_indices(len(flow), 1)
-    nearer = np.minimum(apart[:, first], apart[:, second])  # [F, pairs, C]
-    best = (nearer * share[:, None]).sum(0).argmin(0)  # [C]
-    two = np.take_along_axis(nearer, best[None, None], 1)[:, 0]
+    two = end_point_error(best_two(flow, share)[:, None], flow, grid).min(0)
     return {"known_mean": mean, "known_best_of_two": two}
+
+
+def best_two(motions: FloatArray, share: FloatArray) -> FloatArray:
+    """The two ``[2, C, 2]`` of each point's ``motions [S, C, 2]`` to the nearer of which the mean
+    distance of all, weighted by ``share [S, C]``, is least.
+    """
+    pairs = np.stack(np.triu_indices(len(motions), 1))  # [2, P]
+    # Point by point: all pairs of all points would take gigabytes.
+    chosen = np.empty((2, motions.shape[1]), np.intp)
+    for point in range(motions.shape[1]):
+        here = motions[:, point]
+        apart = np.linalg.norm(here[:, None] - here, axis=-1)  # [S, S]
+        cost = share[:, point] @ np.minimum(apart[:, pairs[0]], apart[:, pairs[1]])
+        chosen[:, point] = pairs[:, cost.argmin()]
+    return np.take_along_axis(motions, chosen[..., None], 0)

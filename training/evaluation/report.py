@@ -159,6 +159,8 @@ def _ambiguity(columns: Mapping[str, Figures]) -> str:
             rows.append([f"EPE, {what}: {label}", *values])
         values = [_ratio(c, f"{weighting}/best_of_two_over_mean") for c in columns.values()]
         rows.append(["... nearer of the two over mean", *values])
+        values = [_ratio(c, f"{weighting}/two_draws_over_mean") for c in columns.values()]
+        rows.append(["... nearer of the best two of its draws", *values])
         values = [_ratio(c, f"{weighting}/known_best_of_two_over_mean") for c in columns.values()]
         rows.append(["... of who knows these futures", *values])
     rows.append(["NLL (nats), all futures", *(c["nll"] for c in columns.values())])

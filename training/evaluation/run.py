@@ -56,12 +56,13 @@ AnyScene = TypeVar("AnyScene", bound=NamedTuple)
 _PLAIN_RATIOS = {
     "camera": {"speed_flag_0_over_1": ("flag_0/speed", "flag_1/speed")},
     "ambiguity": {
-        f"{weighting}/{known}best_of_two_over_mean": (
-            f"{weighting}/{known}best_of_two",
-            f"{weighting}/{known}mean",
-        )
+        f"{weighting}/{two}_over_mean": (f"{weighting}/{two}", f"{weighting}/{mean}")
         for weighting in ("futures", "distinct")
-        for known in ("", "known_")
+        for two, mean in (
+            ("best_of_two", "mean"),
+            ("two_draws", "mean"),
+            ("known_best_of_two", "known_mean"),
+        )
     },
 }
 
@@ -212,7 +213,7 @@ class Evaluation:
             "ambiguity": self._rows(
                 f"{split}, several futures",
                 ambiguous_scenes(shards),
-                lambda scene, rng: measure_ambiguity(predictor, scene, grid),
+                lambda scene, rng: measure_ambiguity(predictor, scene, grid, rng),
             ),
         }
         return {

@@ -176,28 +176,43 @@ def camera_scenes(shards: Shards) -> Iterator[CameraScene]:
 
 
 def ambiguous_scenes(shards: Shards) -> Iterator[AmbiguousScene]:
-    """Images that really go on in several ways, with the points where they differ.
-
-    Of the futures that move a point alike (within ``DISTINCT`` of the first such one) one stands
-    for all, staying where it is included.
-    """
+    """Images that really go on in several ways, with the points where they differ."""
     for index in in_turn(shards):
-        sample = shards[index]
-        futures = np.flatnonzero(sample.camera_static)
-        if len(futures) < 2:
-            continue
-        flow = np.stack([grid_truth(sample, int(f), COARSE).flow for f in futures])
-        apart = np.linalg.norm(flow[:, None] - flow[None], axis=-1) >= DISTINCT  # [F, F, C]
-        distinct = np.ones(flow.shape[:2], bool)
-        for f in range(1, len(flow)):
-            distinct[f] = (apart[f, :f] | ~distinct[:f]).all(0)
-        usable = (distinct.sum(0) >= 2) & (np.linalg.norm(flow, axis=-1) <= 1).all(0)
-        if usable.sum() * 4 >= MIN_MOVING:  # of COARSE cells
-            yield AmbiguousScene(
-                sample.rgb,
-                sample.kind,
-                f"{sample.kind} {sample.seed}",
-                grid(COARSE)[usable],
-                flow[:, usable],
-                distinct[:, usable],
-            )
+        scene = ambiguous_scene(shards[index])
+        if scene is not None:
+            yield scene
+
+
+def coarse_flow(sample: StoredSample) -> FloatArray:
+    """``[F, C, 2]``: the true flow of all futures at the cells of `COARSE`."""
+    return np.stack([grid_truth(sample, f, COARSE).flow for f in range(sample.futures)])
+
+
+def distinct_motions(flow: FloatArray) -> Mask:
+    """``[F, C]`` of ``flow [F, C, 2]``: of the futures that move a point alike (within `DISTINCT`
+    of the first such one) one stands for all, staying where it is included.
+    """
+    apart = np.linalg.norm(flow[:, None] - flow[None], axis=-1) >= DISTINCT  # [F, F, C]
+    distinct = np.ones(flow.shape[:2], bool)
+    for f in range(1, len(flow)):
+        distinct[f] = (apart[f, :f] | ~distinct[:f]).all(0)
+    return distinct
+
+
+def ambiguous_scene(sample: StoredSample) -> AmbiguousScene | None:
+    """Of an image's futures with a standing camera; None where too few points move differently."""
+    if sample.camera_static.sum() < 2:
+        return None
+    flow = coarse_flow(sample)[sample.camera_static]
+    distinct = distinct_motions(flow)
+    usable = (distinct.sum(0) >= 2) & (np.linalg.norm(flow, axis=-1) <= 1).all(0)
+    if usable.sum() * 4 < MIN_MOVING:  # of COARSE cells
+        return None
+    return AmbiguousScene(
+        sample.rgb,
+        sample.kind,
+        f"{sample.kind} {sample.seed}",
+        grid(COARSE)[usable],
+        flow[:, usable],
+        distinct[:, usable],
+    )

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: MIT
+"""How far two motions can come at all, where a picture goes on in several ways.
+
+    python benchmarks/ambiguity.py --data data --scenes 150
+
+draws each picture of `fpt eval`'s "several futures" again, and 64 further continuations of it. Who
+has seen these knows the distribution of what may happen in this very scene, as no picture can tell
+it: his mean is theirs, and his two motions are those two of them to the nearer of which they are
+closest on the average. On the stored futures, which he has not seen, his two are compared with his
+mean: a model that predicts without error can do no better. The shipped model is measured on the
+same scenes. `benchmarks/ambiguity.md` is written. Needs MuJoCo and OpenGL.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from sim.dataset import Settings, StoredSample, replay
+from training.data import Shards
+from training.evaluation.measure import (
+    FloatArray,
+    Row,
+    best_two,
+    end_point_error,
+    measure_ambiguity,
+)
+from training.evaluation.report import table
+from training.evaluation.run import code_version, load_predictor
+from training.evaluation.scenes import (
+    COARSE,
+    AmbiguousScene,
+    ambiguous_scene,
+    coarse_flow,
+    distinct_motions,
+    in_turn,
+)
+from training.tracks import open_shards
+
+HERE = Path(__file__).parent
+GRID = 64  # cells that errors are told in
+FURTHER = 64  # continuations of each picture
+WEIGHTINGS = {"futures": "all futures", "distinct": "each distinct motion once"}
+
+
+def scenes(shards: Shards) -> Iterator[tuple[int, StoredSample, AmbiguousScene]]:
+    """The scenes of `ambiguous_scenes` with their images."""
+    for index in in_turn(shards):
+        sample = shards[index]
+        scene = ambiguous_scene(sample)
+        if scene is not None:
+            yield int(index), sample, scene
+
+
+def further_flow(
+    split: str, number: int, sample: StoredSample, scene: AmbiguousScene, settings: Settings
+) -> FloatArray:
+    """``[S, C, 2]``: other continuations of the picture at the points of `scene`."""
+    world = replay(split, number, settings).world
+    rng = np.random.default_rng([1, number])
+    futures = [world.sample_future(rng) for _ in range(FURTHER)]
+    other = replace(
+        sample,
+        body_motion=np.stack([f.body_motion for f in futures]),
+        camera_motion=np.stack([f.camera_motion for f in futures]),
+    )
+    side = COARSE[0]
+    cells = np.floor(scene.points * side).astype(int)
+    return coarse_flow(other)[:, cells[:, 1] * side + cells[:, 0]]
+
+
+def known_distribution(further: FloatArray, scene: AmbiguousScene) -> Row:
+    """Errors of who knows the distribution, by what is counted, as `measure_ambiguity` has them."""
+    group = len(scene.flow)
+    groups = [further[i : i + group] for i in range(0, FURTHER - group + 1, group)]
+    once = np.concatenate([mask / mask.sum(0) for mask in map(distinct_motions, groups)])
+    shares = {
+        "futures": (further, np.full(further.shape[:2], 1 / FURTHER), np.ones_like(scene.distinct)),
+        "distinct": (further[: len(once)], once / len(groups), scene.distinct),
+    }
+    row: Row = {}
+    for name, (motions, share, counted) in shares.items():
+        mean = end_point_error((motions * share[..., None]).sum(0), scene.flow, GRID)
+        two = end_point_error(best_two(motions, share)[:, None], scene.flow, GRID).min(0)
+        row |= {f"{name}/mean": mean[counted].mean(), f"{name}/two": two[counted].mean()}
+    return row
+
+
+def measured(data: Path, split: str, count: int, model: str) -> list[list[object]]:
+    """The table's rows of a split."""
+    predictor = load_predictor(model)
+    shards = open_shards(data, split)
+    if not isinstance(shards, Shards):
+        raise ValueError(f"{data} has clips for {split!r}, expected simulated shards")
+    settings = Settings(**shards.manifest["settings"])
+    ours, bounds = [], []
+    found = islice(scenes(shards), count)
+    for number, sample, scene in tqdm(found, total=count, unit="scene", desc=split):
+        ours.append(measure_ambiguity(predictor, scene, GRID, np.random.default_rng([0, number])))
+        bounds.append(
+            known_distribution(further_flow(split, number, sample, scene, settings), scene)
+        )
+
+    def ratio(rows: list[Row], above: str, below: str) -> float:
+        return float(sum(row[above] for row in rows) / sum(row[below] for row in rows))
+
+    return [
+        [
+            split,
+            len(ours),
+            what,
+            ratio(ours, f"{name}/best_of_two", f"{name}/mean"),
+            ratio(ours, f"{name}/two_draws", f"{name}/mean"),
+            ratio(bounds, f"{name}/two", f"{name}/mean"),
+            ratio(ours, f"{name}/known_best_of_two", f"{name}/known_mean"),
+        ]
+        for name, what in WEIGHTINGS.items()
+    ]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, default=Path("data"), help="shards of val, held_out")
+    parser.add_argument("--model", default="fpt-tiny")
+    parser.add_argument("--scenes", type=int, default=150, help="of each split")
+    parser.add_argument("--out", type=Path, default=HERE / "ambiguity.md")
+    args = parser.parse_args(argv)
+    rows = [
+        row
+        for split in ("val", "held_out")
+        for row in measured(args.data, split, args.scenes, args.model)
+    ]
+    header = ["split", "scenes", "error over", "two most probable modes", "best two of its draws"]
+    header += ["who knows the distribution", "who knows these futures"]
+    args.out.write_text(
+        "# Several futures: how far two motions can come\n\n"
+        f"By `benchmarks/ambiguity.py`, commit `{code_version()}`, model `{args.model}`. Error of "
+        "the nearer of two motions over that of the mean, without pokes. The first two columns are "
+        f"the model's, the next is of one who has seen {FURTHER} other continuations of the very "
+        "scene, the last of one who has seen the very futures that he is asked about.\n\n"
+        + table(header, rows)
+    )
+    print(args.out.read_text())
+
+
+if __name__ == "__main__":
+    main()
