@@ -544,7 +544,7 @@ class Simulator:
         size = np.exp(rng.uniform(np.log(0.05), 0.0))
         reach = self._world.main_extent.x * size
         shift = np.append(rng.normal(0, 0.6, 2), 0.0) * reach * (rng.random() < 0.8)
-        if rng.random() < 0.25:
+        if rng.random() < 0.15:
             shift[2] = abs(rng.normal(0, 0.5)) * reach
         turning = np.zeros(3)
         if rng.random() < 0.5:

@@ -248,7 +248,7 @@ def _rod(
 
 def _load(b: Builder, body: Body, reach: float, z: float, index: int) -> None:
     """Things that ride on a part, within `reach` of its origin."""
-    count, start = b.pick(0, 0, 1, 2, 3, 5), b.uniform(0, 2 * np.pi)
+    count, start = b.pick(0, 1, 2, 3, 4, 5), b.uniform(0, 2 * np.pi)
     for i in range(count):
         angle = start + 2 * np.pi * i / count
         far = reach * b.uniform(0.2, 0.75)
@@ -289,8 +289,8 @@ def _cap(b: Builder, frame: Body, face: Site, index: int) -> Body:
     """Lies on all of the face and is taken off it, or pushed along it."""
     hx, hy = (i * b.uniform(0.9, 1.08) for i in face.half)
     far = b.uniform(0.3, 1.2) * max(face.half)
-    axis = b.pick((0, 0, 1), (0, 0, 1), (1, 0, 0), (0, 1, 0))
-    part = b.slide(frame, (0, 0, 0), axis, (0 if axis[2] else -far, far), rest=0.6)
+    axis = b.pick((0, 0, 1), (0, 0, 1), (0, 0, 1), (0, 0, 1), (1, 0, 0), (0, 1, 0))
+    part = b.slide(frame, (0, 0, 0), axis, (0 if axis[2] else -far, far), rest=0.7)
     _slab(b, part, (hx, hy), b.uniform(0.005, 0.08), (0, 0, 0), index, face.round)
     if b.chance(0.2):
         _load(b, part, min(face.half), 0.03, index)
@@ -417,8 +417,8 @@ def _piston(b: Builder, frame: Body, face: Site, index: int) -> Body:
 
 
 _MOUNTS: tuple[Callable[[Builder, Body, Site, int], Body], ...] = (
-    *(_cover, _cover, _cover, _cover, _cover, _cover, _cap, _cap, _cap),
-    *(_spinner, _spinner, _spinner, _spinner),
+    *(_cover, _cover, _cover, _cover, _cover, _cover, _cap, _cap, _cap, _cap, _cap, _cap),
+    *(_spinner, _spinner, _spinner, _spinner, _spinner),
     *(_swing, _stick, _flag, _rocker, _shuttle, _piston),
 )
 
