@@ -14,7 +14,6 @@ same scenes. `benchmarks/ambiguity.md` is written. Needs MuJoCo and OpenGL.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -36,10 +35,9 @@ from training.evaluation.run import code_version, load_predictor
 from training.evaluation.scenes import (
     COARSE,
     AmbiguousScene,
-    ambiguous_scene,
+    ambiguous_scenes,
     coarse_flow,
     distinct_motions,
-    in_turn,
 )
 from training.tracks import open_shards
 
@@ -47,15 +45,6 @@ HERE = Path(__file__).parent
 GRID = 64  # cells that errors are told in
 FURTHER = 64  # continuations of each picture
 WEIGHTINGS = {"futures": "all futures", "distinct": "each distinct motion once"}
-
-
-def scenes(shards: Shards) -> Iterator[tuple[int, StoredSample, AmbiguousScene]]:
-    """The scenes of `ambiguous_scenes` with their images."""
-    for index in in_turn(shards):
-        sample = shards[index]
-        scene = ambiguous_scene(sample)
-        if scene is not None:
-            yield int(index), sample, scene
 
 
 def further_flow(
@@ -72,7 +61,7 @@ def further_flow(
     )
     side = COARSE[0]
     cells = np.floor(scene.points * side).astype(int)
-    return coarse_flow(other)[:, cells[:, 1] * side + cells[:, 0]]
+    return coarse_flow(other, range(FURTHER))[:, cells[:, 1] * side + cells[:, 0]]
 
 
 def known_distribution(further: FloatArray, scene: AmbiguousScene) -> Row:
@@ -100,7 +89,7 @@ def measured(data: Path, split: str, count: int, model: str) -> list[list[object
         raise ValueError(f"{data} has clips for {split!r}, expected simulated shards")
     settings = Settings(**shards.manifest["settings"])
     ours, bounds = [], []
-    found = islice(scenes(shards), count)
+    found = islice(ambiguous_scenes(shards), count)
     for number, sample, scene in tqdm(found, total=count, unit="scene", desc=split):
         ours.append(measure_ambiguity(predictor, scene, GRID, np.random.default_rng([0, number])))
         bounds.append(

@@ -29,6 +29,7 @@ from training.evaluation.figures import (
 from training.evaluation.measure import (
     OCTAVE,
     THRESHOLDS,
+    best_two,
     intersection_over_union,
     measure,
     measure_camera,
@@ -116,7 +117,7 @@ def test_the_shipped_model_expects_the_still_world_to_move_with_the_camera(data:
 
 
 def test_ambiguous_points_really_go_several_ways(data: Path) -> None:
-    cases = list(ambiguous_scenes(Shards(data, "val")))
+    cases = [scene for _, _, scene in ambiguous_scenes(Shards(data, "val"))]
     assert len(cases) > 3
     for scene in cases:
         for c in range(0, len(scene.points), 7):
@@ -126,6 +127,23 @@ def test_ambiguous_points_really_go_several_ways(data: Path) -> None:
                     kept.append(flow)
             assert np.array_equal(scene.flow[scene.distinct[:, c], c], kept)
             assert len(kept) >= 2
+
+
+def test_best_two_leave_the_least_weighted_distance() -> None:
+    """Beside every pair, one after the other; a motion without weight pulls nowhere."""
+    rng = np.random.default_rng(0)
+    motions, share = rng.normal(size=(6, 5, 2)), rng.random((6, 5))
+    motions[0], share[0] = 100, 0
+    found = best_two(motions, share)
+    assert found.shape == (2, 5, 2)
+
+    def cost(pair: np.ndarray, c: int) -> float:
+        return share[:, c] @ np.linalg.norm(motions[:, c, None] - pair, axis=-1).min(1)
+
+    for c in range(5):
+        least = min(cost(motions[[i, j], c], c) for i in range(6) for j in range(i))
+        assert cost(found[:, c], c) == pytest.approx(least)
+        assert np.abs(found[:, c]).max() < 100
 
 
 # ----------------------------------------------------------------------------------- figures

@@ -429,7 +429,7 @@ def assembly(b: Builder, root: Body) -> Extent:
     sites, extent = _base(b, body)
     # Faces that a camera in front sees come first, and of them the one that things lie on.
     count = min(b.pick(1, 1, 1, 2, 2, 3, 4), len(sites))
-    chances = np.array([(2.0, 1.0)[i] if i < 2 else 0.4 for i in range(len(sites))])
+    chances = np.array([2.0, 1.0, *[0.4] * len(sites)])[: len(sites)]
     chosen = b.rng.choice(len(sites), count, replace=False, p=chances / chances.sum())
     for index, number in enumerate(chosen):
         site = sites[int(number)]

@@ -157,12 +157,13 @@ def _ambiguity(columns: Mapping[str, Figures]) -> str:
         ):
             values = [c[f"{weighting}/{name}"] for c in columns.values()]
             rows.append([f"EPE, {what}: {label}", *values])
-        values = [_ratio(c, f"{weighting}/best_of_two_over_mean") for c in columns.values()]
-        rows.append(["... nearer of the two over mean", *values])
-        values = [_ratio(c, f"{weighting}/two_draws_over_mean") for c in columns.values()]
-        rows.append(["... nearer of the best two of its draws", *values])
-        values = [_ratio(c, f"{weighting}/known_best_of_two_over_mean") for c in columns.values()]
-        rows.append(["... of who knows these futures", *values])
+        for name, label in (
+            ("best_of_two", "nearer of the two over mean"),
+            ("two_draws", "nearer of the best two of its draws"),
+            ("known_best_of_two", "of who knows these futures"),
+        ):
+            values = [_ratio(c, f"{weighting}/{name}_over_mean") for c in columns.values()]
+            rows.append([f"... {label}", *values])
     rows.append(["NLL (nats), all futures", *(c["nll"] for c in columns.values())])
     return (
         f"Without pokes, where the stored futures differ: {first['scenes']} images, "

@@ -212,7 +212,7 @@ class Evaluation:
             ),
             "ambiguity": self._rows(
                 f"{split}, several futures",
-                ambiguous_scenes(shards),
+                (scene for _, _, scene in ambiguous_scenes(shards)),
                 lambda scene, rng: measure_ambiguity(predictor, scene, grid, rng),
             ),
         }

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -175,17 +175,20 @@ def camera_scenes(shards: Shards) -> Iterator[CameraScene]:
             yield CameraScene(sample.rgb, sample.kind, name, grid(COARSE), *flows)
 
 
-def ambiguous_scenes(shards: Shards) -> Iterator[AmbiguousScene]:
-    """Images that really go on in several ways, with the points where they differ."""
+def ambiguous_scenes(shards: Shards) -> Iterator[tuple[int, StoredSample, AmbiguousScene]]:
+    """Images that really go on in several ways, with the points where they differ: number of the
+    image, its sample and the scene.
+    """
     for index in in_turn(shards):
-        scene = ambiguous_scene(shards[index])
+        sample = shards[index]
+        scene = _ambiguous_scene(sample)
         if scene is not None:
-            yield scene
+            yield int(index), sample, scene
 
 
-def coarse_flow(sample: StoredSample) -> FloatArray:
-    """``[F, C, 2]``: the true flow of all futures at the cells of `COARSE`."""
-    return np.stack([grid_truth(sample, f, COARSE).flow for f in range(sample.futures)])
+def coarse_flow(sample: StoredSample, futures: Iterable[int]) -> FloatArray:
+    """``[F, C, 2]``: the true flow of these futures at the cells of `COARSE`."""
+    return np.stack([grid_truth(sample, int(f), COARSE).flow for f in futures])
 
 
 def distinct_motions(flow: FloatArray) -> Mask:
@@ -199,11 +202,12 @@ def distinct_motions(flow: FloatArray) -> Mask:
     return distinct
 
 
-def ambiguous_scene(sample: StoredSample) -> AmbiguousScene | None:
+def _ambiguous_scene(sample: StoredSample) -> AmbiguousScene | None:
     """Of an image's futures with a standing camera; None where too few points move differently."""
-    if sample.camera_static.sum() < 2:
+    futures = np.flatnonzero(sample.camera_static)
+    if len(futures) < 2:
         return None
-    flow = coarse_flow(sample)[sample.camera_static]
+    flow = coarse_flow(sample, futures)
     distinct = distinct_motions(flow)
     usable = (distinct.sum(0) >= 2) & (np.linalg.norm(flow, axis=-1) <= 1).all(0)
     if usable.sum() * 4 < MIN_MOVING:  # of COARSE cells
