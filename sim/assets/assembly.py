@@ -263,7 +263,7 @@ def _load(b: Builder, body: Body, reach: float, z: float, index: int) -> None:
 def _cover(b: Builder, frame: Body, face: Site, index: int) -> Body:
     """Lies on the face, often on all of it, and opens about one of its edges.
 
-    Not about the one at +y, which on a top face is at the back: that is the kind "lid", held out.
+    Not about the one at +y, which on a top face is at the assembly's back.
     """
     least = b.pick(0.5, 0.97)
     hx, hy = (i * b.uniform(least, 1.06) for i in face.half)
@@ -417,15 +417,18 @@ def _piston(b: Builder, frame: Body, face: Site, index: int) -> Body:
 
 
 _MOUNTS: tuple[Callable[[Builder, Body, Site, int], Body], ...] = (
-    *(_cover, _cover, _cover, _cover, _cover, _cover, _cap, _cap, _cap, _cap, _cap, _cap),
-    *(_spinner, _spinner, _spinner, _spinner, _spinner),
-    *(_swing, _stick, _flag, _rocker, _shuttle, _piston),
+    *(_cover, _cover, _cover, _cover, _cover, _cover, _cap, _cap, _cap, _cap),
+    *(_spinner, _spinner, _spinner, _spinner),
+    *(_swing, _swing, _stick, _stick, _stick, _flag, _rocker, _rocker),
+    *(_shuttle, _piston, _piston),
 )
 
 
 def assembly(b: Builder, root: Body) -> Extent:
     """One to four parts on a random base, at times one that carries another."""
-    body = b.fixed(root, quat=turn("z", b.uniform(-0.7, 0.7) if b.chance(0.6) else 0.0))
+    # Seen from the front, somewhat aside, or from any side: a cover may open away from the camera.
+    yaw = b.uniform(-1, 1) * b.pick(0.0, 0.7, np.pi, np.pi)
+    body = b.fixed(root, quat=turn("z", yaw))
     sites, extent = _base(b, body)
     # Faces that a camera in front sees come first, and of them the one that things lie on.
     count = min(b.pick(1, 1, 1, 2, 2, 3, 4), len(sites))
@@ -450,5 +453,7 @@ def assembly(b: Builder, root: Body) -> Extent:
             size = max(0.35 * min(half), _SMALLEST)
             at = b.fixed(part, (0, 0, b.uniform(0.02, 0.1)))
             b.pick(*_MOUNTS)(b, at, replace(site, half=(size, size)), index + 4)
-    reach = max(extent.x, extent.y) * 1.1
-    return Extent(reach, extent.y * 1.1, extent.z + 0.1)
+    along, across = abs(np.cos(yaw)), abs(np.sin(yaw))
+    half_x = along * extent.x + across * extent.y
+    half_y = across * extent.x + along * extent.y
+    return Extent(1.1 * half_x, 1.1 * half_y, extent.z + 0.1)
