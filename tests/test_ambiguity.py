@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: MIT
+"""How far two motions can come: the benchmark's bound, and its command on a few images."""
+
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+from sim.dataset import Settings, write_dataset
+from training.data import Shards
+from training.evaluation.measure import best_two, end_point_error
+from training.evaluation.scenes import ambiguous_scenes
+
+SCRIPT = Path("benchmarks/ambiguity.py").resolve()
+SETTINGS = Settings(size=64, images_per_world=1, images_per_shard=14, camera_motion_probability=0)
+
+
+@pytest.fixture(scope="module")
+def ambiguity() -> ModuleType:
+    spec = spec_from_file_location("ambiguity", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    sys.modules["ambiguity"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("several-futures")
+    for split in ("val", "held_out"):
+        write_dataset(folder, split, 14, SETTINGS)
+    return folder
+
+
+def test_who_has_seen_the_very_futures_does_what_they_allow(
+    ambiguity: ModuleType, data: Path
+) -> None:
+    _, _, scene = next(ambiguous_scenes(Shards(data, "val")))
+    times = ambiguity.FURTHER // len(scene.flow)
+    assert times * len(scene.flow) == ambiguity.FURTHER
+    row = ambiguity.known_distribution(np.tile(scene.flow, (times, 1, 1)), scene)
+    for name, counted in (("futures", np.ones_like(scene.distinct)), ("distinct", scene.distinct)):
+        share = counted / counted.sum(0)
+        mean = (scene.flow * share[..., None]).sum(0)
+        error = end_point_error(mean, scene.flow, ambiguity.GRID)[counted].mean()
+        assert row[f"{name}/mean"] == pytest.approx(error, rel=1e-5)
+        two = best_two(scene.flow, share)
+        error = end_point_error(two[:, None], scene.flow, ambiguity.GRID).min(0)[counted].mean()
+        assert row[f"{name}/two"] == pytest.approx(error, rel=1e-5)
+        assert row[f"{name}/two"] < row[f"{name}/mean"]
+
+
+def test_other_continuations_are_of_the_stored_picture(ambiguity: ModuleType, data: Path) -> None:
+    number, sample, scene = next(ambiguous_scenes(Shards(data, "held_out")))
+    further = ambiguity.further_flow("held_out", number, sample, scene, SETTINGS)
+    assert further.shape == (ambiguity.FURTHER, *scene.flow.shape[1:])
+    # What moves differently in the stored futures does so in others, but not in the very same way.
+    assert (np.linalg.norm(further, axis=-1) > 0).any(0).all()
+    apart = np.linalg.norm(further[:, None] - scene.flow, axis=-1).max(-1)
+    assert apart.min() > 0
+
+
+def test_the_command_writes_its_table(
+    ambiguity: ModuleType, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "table.md"
+    ambiguity.main(["--data", str(data), "--scenes", "1", "--out", str(out)])
+    text = out.read_text()
+    assert text in capsys.readouterr().out
+    cells = [line.strip("| ").split(" | ") for line in text.splitlines() if "| 1 |" in line]
+    assert [row[0] for row in cells] == ["val", "val", "held_out", "held_out"]
+    for row in cells:
+        modes, draws, known, told = map(float, row[3:])
+        assert 0 <= told <= known < 1
+        assert draws > 0
+        assert modes > 0
