@@ -436,6 +436,8 @@ class Simulator:
                 qpos[address] = self._next_joint_value(rng, qpos[address], low, high, wide)
                 names.append(f"part {self._body_of_part[i]} moves")
         motion = self._motion_to(qpos)
+        if not moving_bodies(motion).any():  # a hand that held still, a push that slipped
+            return self._still(camera_motion)
         description = ", ".join(names)
         return Future(motion, camera_motion.astype(np.float32), description, qpos, len(chosen))
 

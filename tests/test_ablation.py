@@ -2,11 +2,9 @@
 """The ablations' command on a few images, and that each listed variant can be trained."""
 
 import json
-import sys
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from types import ModuleType
 
+import ablation
 import pytest
 import yaml
 from test_training import CONFIG
@@ -19,18 +17,7 @@ SCRIPT = Path("benchmarks/ablation.py").resolve()
 TINY = Path("training/configs/tiny.yaml")
 
 
-@pytest.fixture(scope="module")
-def ablation() -> ModuleType:
-    spec = spec_from_file_location("ablation", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = module_from_spec(spec)
-    sys.modules["ablation"] = module  # where its dataclasses look for their annotations
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_every_variant_is_a_run_of_its_own(ablation: ModuleType) -> None:
+def test_every_variant_is_a_run_of_its_own() -> None:
     variants = ablation.load_variants(SCRIPT.with_name("ablations.yaml"))
     assert not variants[0].overrides, "what the others are held against"
     configs = [ablation.configuration(TINY, v, 1000, ()) for v in variants]
@@ -46,9 +33,7 @@ def test_every_variant_is_a_run_of_its_own(ablation: ModuleType) -> None:
     assert all(word in about for word in asked)
 
 
-def test_from_variants_to_a_table(
-    ablation: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_from_variants_to_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for split in ("train", "val"):
         write_dataset(tmp_path, split, 12, Settings(size=64, images_per_shard=12))
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(CONFIG.to_dict()))
@@ -78,6 +63,6 @@ def test_from_variants_to_a_table(
     assert f"| 1 component | number of components | {single['parameters']:.3f} |" in text
 
 
-def test_unknown_variants_are_named(ablation: ModuleType) -> None:
+def test_unknown_variants_are_named() -> None:
     with pytest.raises(ValueError, match="no variant 'bigger'"):
         ablation.load_variants(SCRIPT.with_name("ablations.yaml"), ["bigger"])

@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: MIT
 """How far two motions can come: the benchmark's bound, and its command on a few images."""
 
-import sys
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from types import ModuleType
 
+import ambiguity
 import numpy as np
 import pytest
 
@@ -14,19 +12,7 @@ from training.data import Shards
 from training.evaluation.measure import best_two, end_point_error
 from training.evaluation.scenes import ambiguous_scenes
 
-SCRIPT = Path("benchmarks/ambiguity.py").resolve()
 SETTINGS = Settings(size=64, images_per_world=1, images_per_shard=14, camera_motion_probability=0)
-
-
-@pytest.fixture(scope="module")
-def ambiguity() -> ModuleType:
-    spec = spec_from_file_location("ambiguity", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = module_from_spec(spec)
-    sys.modules["ambiguity"] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -37,9 +23,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_who_has_seen_the_very_futures_does_what_they_allow(
-    ambiguity: ModuleType, data: Path
-) -> None:
+def test_who_has_seen_the_very_futures_does_what_they_allow(data: Path) -> None:
     _, _, scene = next(ambiguous_scenes(Shards(data, "val")))
     times = ambiguity.FURTHER // len(scene.flow)
     assert times * len(scene.flow) == ambiguity.FURTHER
@@ -55,7 +39,7 @@ def test_who_has_seen_the_very_futures_does_what_they_allow(
         assert row[f"{name}/two"] < row[f"{name}/mean"]
 
 
-def test_other_continuations_are_of_the_stored_picture(ambiguity: ModuleType, data: Path) -> None:
+def test_other_continuations_are_of_the_stored_picture(data: Path) -> None:
     number, sample, scene = next(ambiguous_scenes(Shards(data, "held_out")))
     further = ambiguity.further_flow("held_out", number, sample, scene, SETTINGS)
     assert further.shape == (ambiguity.FURTHER, *scene.flow.shape[1:])
@@ -66,7 +50,7 @@ def test_other_continuations_are_of_the_stored_picture(ambiguity: ModuleType, da
 
 
 def test_the_command_writes_its_table(
-    ambiguity: ModuleType, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "table.md"
     ambiguity.main(["--data", str(data), "--scenes", "1", "--out", str(out)])
