@@ -124,7 +124,8 @@ NEVER_IMPORTED = {"ros2launch", "python3-pytest-timeout"}  # a command, and a pl
 
 def rosdep_keys_of_imports(*folders: str) -> set[str]:
     files = [file for folder in folders for file in (ROOT / folder).glob("**/*.py")]
-    ours = {"fpt_model", "fpt_ros", "sim", "training"} | {f.stem for f in ROOT.glob("tests/*.py")}
+    ours = {"fpt_model", "fpt_ros", "sim", "training"}
+    ours |= {f.stem for folder in ("tests", "benchmarks") for f in ROOT.glob(f"{folder}/*.py")}
     modules = set().union(*map(imported_modules, files)) - ours - sys.stdlib_module_names
     return {ROSDEP_KEYS.get(module, module) for module in modules - PIP_ONLY}
 
