@@ -398,7 +398,8 @@ class Simulator:
         for _ in range(8):
             future = self._draw_future(rng, camera_motion, wide)
             if self._acceptable(future):
-                return future
+                # Where the camera moves, a hand that held still is acceptable, too.
+                return future if future.moving.any() else self._still(camera_motion)
         return self._still(camera_motion)
 
     def _still(self, camera_motion: NDArray) -> Future:
@@ -436,8 +437,6 @@ class Simulator:
                 qpos[address] = self._next_joint_value(rng, qpos[address], low, high, wide)
                 names.append(f"part {self._body_of_part[i]} moves")
         motion = self._motion_to(qpos)
-        if not moving_bodies(motion).any():  # a hand that held still, a push that slipped
-            return self._still(camera_motion)
         description = ", ".join(names)
         return Future(motion, camera_motion.astype(np.float32), description, qpos, len(chosen))
 
@@ -596,7 +595,9 @@ class Simulator:
                 qpos[here] = np.clip(qpos[here], *self._range_of_part[i])
         self._undo_jitter(qpos, {body})
         motions = self._motion_to(qpos)
-        description = f"body {body} is led by the hand" if moving_bodies(motions).any() else STILL
+        if not moving_bodies(motions).any():
+            return self._still(np.eye(4))
+        description = f"body {body} is led by the hand"
         return Future(motions, np.eye(4, dtype=np.float32), description, qpos, 1)
 
     def _lead(self, body: int, point: NDArray, pixel: NDArray, motion: NDArray) -> NDArray:

@@ -13,12 +13,11 @@ from fpt_model import FlowPokeTransformer
 from sim.dataset import GENERATOR, Settings, write_dataset
 from training.config import RunConfig
 
-SCRIPT = Path("benchmarks/ablation.py").resolve()
 TINY = Path("training/configs/tiny.yaml")
 
 
 def test_every_variant_is_a_run_of_its_own() -> None:
-    variants = ablation.load_variants(SCRIPT.with_name("ablations.yaml"))
+    variants = ablation.load_variants(ablation.HERE / "ablations.yaml")
     assert not variants[0].overrides, "what the others are held against"
     configs = [ablation.configuration(TINY, v, 1000, ()) for v in variants]
     assert len({json.dumps(c.to_dict()) for c in configs}) == len(variants)
@@ -65,4 +64,4 @@ def test_from_variants_to_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 def test_unknown_variants_are_named() -> None:
     with pytest.raises(ValueError, match="no variant 'bigger'"):
-        ablation.load_variants(SCRIPT.with_name("ablations.yaml"), ["bigger"])
+        ablation.load_variants(ablation.HERE / "ablations.yaml", ["bigger"])
