@@ -94,7 +94,22 @@ def configuration(base: Path, variant: Variant, steps: int, overrides: Sequence[
 
 
 def run_variant(config: RunConfig, evaluation: Evaluation, data: Path, out: Path) -> dict[str, Any]:
-    """Train (or go on), evaluate; the figures of `COLUMNS`."""
+    """Train (or go on), evaluate; the figures of `COLUMNS` and the commit that they were made by.
+
+    They are kept in ``out/figures.json`` and taken from there if run and scenes are the same.
+    """
+    kept = out / "figures.json"
+    made_by = {"config": config.to_dict(), "scenes": evaluation.suite.scenes}
+    if kept.is_file():
+        before = json.loads(kept.read_text())
+        if before["made by"] == json.loads(json.dumps(made_by)):
+            return before["figures"]
+    figures = {"commit": code_version(), **_measure(config, evaluation, data, out)}
+    kept.write_text(json.dumps({"made by": made_by, "figures": figures}, indent=1) + "\n")
+    return figures
+
+
+def _measure(config: RunConfig, evaluation: Evaluation, data: Path, out: Path) -> dict[str, Any]:
     trainer = Trainer(config, data, out)
     trainer.run()
     _, splits = evaluation.figures(load_predictor(str(out / "model.safetensors")))
@@ -124,9 +139,10 @@ def markdown(results: dict[str, Any]) -> str:
         [row["name"], row["question"], *("-" if row[c] is None else row[c] for c in COLUMNS)]
         for row in results["rows"]
     ]
+    commits = ", ".join(f"`{c}`" for c in sorted({row["commit"] for row in results["rows"]}))
     return (
         "# Ablations\n\n"
-        f"By `benchmarks/ablation.py`, commit `{results['commit']}`, {results['date']}, "
+        f"By `benchmarks/ablation.py`, commit {commits}, {results['date']}, "
         f"{results['machine']}. Each {results['steps']} steps of `{results['config']}`"
         f"{''.join(f' `{o}`' for o in results['overrides'])} with seed {results['seed']} on "
         f"{results['images']} images (generator {results['generator']}), measured on "
@@ -171,7 +187,6 @@ def main(argv: list[str] | None = None) -> None:
     evaluation = Evaluation(suite.quick() if args.quick else suite, args.data, seed)
     shards = open_shards(args.data, "train")
     results: dict[str, Any] = {
-        "commit": code_version(),
         "date": datetime.date.today().isoformat(),
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",
         "images": len(shards),

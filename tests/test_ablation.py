@@ -22,9 +22,9 @@ def test_every_variant_is_a_run_of_its_own() -> None:
     configs = [ablation.configuration(TINY, v, 1000, ()) for v in variants]
     assert len({json.dumps(c.to_dict()) for c in configs}) == len(variants)
     assert len({v.folder for v in variants}) == len(variants)
-    for config in configs:
+    for v, config in zip(variants, configs, strict=True):
         assert config.optim.steps == 1000
-        assert config.optim.seed == configs[0].optim.seed
+        assert (config.optim.seed == configs[0].optim.seed) == ("seed=1" not in str(v.overrides))
         if config.model != configs[0].model:
             FlowPokeTransformer(config.model)
     about = " ".join(v.question for v in variants)
@@ -58,6 +58,11 @@ def test_from_variants_to_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[
     made = RunConfig.load(tmp_path / "runs" / "1-component" / "config.yaml")
     assert (made.model.components, made.optim.segment_weight, made.optim.steps) == (1, 0.5, 4)
     text = table.read_text()
+    made_model = tmp_path / "runs" / "1-component" / "model.safetensors"
+    before = made_model.stat().st_mtime_ns
+    ablation.main(list(map(str, command)))
+    assert made_model.stat().st_mtime_ns == before, "neither trained nor measured again"
+    assert json.loads(table.with_suffix(".json").read_text()) == results
     assert text in capsys.readouterr().out
     assert f"| 1 component | number of components | {single['parameters']:.3f} |" in text
 
