@@ -51,7 +51,7 @@ SEED_STRIDE = 3
 FORMAT = 2
 """Version of the shards' layout, in each manifest."""
 
-GENERATOR = 9
+GENERATOR = 10
 """Raised when worlds or futures of the same seed change: shards of two versions do not mix."""
 
 

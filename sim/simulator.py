@@ -27,6 +27,9 @@ _OPTICAL = np.diag([1.0, -1.0, -1.0])
 _VISIBLE_SHARE = 0.004  # of the picture: a part below is not chosen to move
 _SUBJECT_SHARE = (0.03, 0.8)  # of the picture, wanted for the main asset's movable parts together
 _FLOW_RANGE = (0.004, 0.8)  # of the strongest flow in a future; others are drawn anew
+_AWAY = 25.0  # metres before the main asset, behind any camera: bodies for which there is no room
+_PLACES = 20  # that are tried for a free body
+_EVEN = 0.1  # of its radius: a support with lower steps is one that a body can stand on
 _JITTER = 1e-3  # of its extent: two states of a free body that differ by less are the same
 _HAND_STIFFNESS = (
     40.0  # 1/s, natural frequency of a hand that leads a point; it is critically damped
@@ -196,25 +199,54 @@ class Simulator:
                 value = rng.uniform(low, high)
             self.data.qpos[self._qpos_of_part[i]] = np.clip(value, low, high)
         if self._world.free_bodies:
-            self._lay_out(rng, self._world.free_bodies)
+            if self.kind == "body":
+                self._lay_out(rng, self._world.free_bodies)
+            else:
+                self._strew(rng, self._world.free_bodies)
             self.data.qpos[:] = self._step(SETTLING_S)
             for body in self._world.free_bodies:
                 if body.part.held:
                     self._lift(rng, body)
 
-    def _step(self, duration: float, velocity: NDArray[np.float64] | None = None) -> NDArray:
-        """[nq] state after the physics has run from the present state; what is not free stays."""
-        data = self._scratch
-        mujoco.mj_resetData(self.model, data)
+    def _step(
+        self,
+        duration: float,
+        velocity: NDArray[np.float64] | None = None,
+        driven: dict[int, float] | None = None,
+    ) -> NDArray[np.float64]:
+        """[nq] state after the physics has run from the present state.
+
+        Of what is not free only the joints of the parts `driven` move, in that time to the values
+        given, whatever is in the way: what lies on them rides, what stands before them is pushed.
+        """
+        model, data = self.model, self._scratch
+        mujoco.mj_resetData(model, data)
         data.qpos[:] = self.data.qpos
         if velocity is not None:
             data.qvel[:] = velocity
-        mujoco.mj_step(self.model, data, round(duration / self.model.opt.timestep))
+        steps = round(duration / model.opt.timestep)
+        parts = list(driven or {})
+        dofs = model.jnt_dofadr[[self._world.parts[i].joint.id for i in parts]]
+        at = self._qpos_of_part[parts]
+        start = self.data.qpos[at]
+        way = np.array([(driven or {})[i] for i in parts]) - start
+        resting_damping = model.dof_damping.copy()
+        # Contacts are solved with the speed that damping leaves, which must be the joint's.
+        model.dof_damping[dofs] = 0
+        try:
+            for step in range(steps):
+                s = step / steps
+                data.qpos[at] = start + way * s**3 * (10 - 15 * s + 6 * s**2)
+                data.qvel[dofs] = way * 30 * (s * (1 - s)) ** 2 / duration
+                mujoco.mj_step(model, data)
+        finally:
+            model.dof_damping[:] = resting_damping
         qpos = data.qpos.copy()
         for i, part in enumerate(self._world.parts):
             if not part.free or part.held:
                 here = slice(self._qpos_of_part[i], self._qpos_of_part[i] + (7 if part.free else 1))
                 qpos[here] = self.data.qpos[here]
+        qpos[at] = start + way
         return qpos
 
     def _lift(self, rng: np.random.Generator, body: FreeBody) -> None:
@@ -265,6 +297,62 @@ class Simulator:
             self.data.qpos[address + 3 : address + 7] = pose.quat
             yaw = np.array([0, 0, rng.uniform(-np.pi, np.pi)])
             self._turn(self.data.qpos[address + 3 : address + 7], yaw)
+
+    def _strew(self, rng: np.random.Generator, bodies: list[FreeBody]) -> None:
+        """Puts free bodies on what moves, or before it, where there is room for them to stand."""
+        model, data, world = self.model, self.data, self._world
+        mujoco.mj_kinematics(model, data)
+        own = [i for i, part in enumerate(world.parts) if part.asset == 0]
+        geoms = np.flatnonzero(self._carried_by_part[own].any(0)[model.geom_bodyid])
+        turned = _rotation(np.array([0, 0, world.front]))[:2, :2]
+        floor = data.geom_xpos[model.geom_type == mujoco.mjtGeom.mjGEOM_PLANE, 2].min()
+        places = []  # [7] of each body in qpos
+        for number, body in enumerate(bodies):
+            start = model.jnt_qposadr[body.part.joint.id]
+            places.append(slice(start, start + 7))
+            xy = world.main_centre[:2] + turned @ np.array([0, -_AWAY - number])
+            pose = body.poses[0]
+            data.qpos[places[-1]] = (*xy, floor + pose.height, *pose.quat)
+        ceiling = world.main_centre[2] + 2 * world.main_extent.z + 1
+        around = np.array([(0, 0), (1, 0), (-1, 0), (0, 1), (0, -1)])
+        for body, here in zip(bodies, places, strict=True):
+            pose = body.poses[int(rng.integers(len(body.poses)))]
+            for _ in range(_PLACES):
+                mujoco.mj_kinematics(model, data)
+                if rng.random() < 0.6:
+                    geom = rng.choice(geoms)
+                    xy = data.geom_xpos[geom, :2]
+                    xy = xy + rng.uniform(-0.7, 0.7, 2) * model.geom_rbound[geom]
+                else:  # within reach of what opens to the front
+                    extent = world.main_extent
+                    x = rng.uniform(-1, 1) * extent.x
+                    y = -extent.y - body.radius - rng.uniform(0, 0.6) * extent.x
+                    xy = world.main_centre[:2] + turned @ np.array([x, y])
+                levels = [self._level(xy + 0.7 * body.radius * i, ceiling) for i in around]
+                if not max(levels) - min(levels) < _EVEN * body.radius:  # NaN where there is none
+                    continue
+                away = data.qpos[here].copy()
+                data.qpos[here] = (*xy, max(levels) + pose.height, *pose.quat)
+                yaw = np.array([0, 0, rng.uniform(-np.pi, np.pi)])
+                self._turn(data.qpos[here][3:], yaw)
+                if self._overlap(body) < _EVEN * body.radius:
+                    break
+                data.qpos[here] = away
+
+    def _overlap(self, body: FreeBody) -> float:
+        """How deep a free body is in others or in what is fixed (m)."""
+        mujoco.mj_fwdPosition(self.model, self.data)
+        contact = self.data.contact
+        own = (self.model.geom_bodyid[contact.geom] == body.part.body.id).any(1)
+        return -float(contact.dist[own].min(initial=0.0))
+
+    def _level(self, xy: NDArray[np.float64], ceiling: float) -> float:
+        """Height of the first surface below (x, y, ceiling) in metres, -inf if there is none."""
+        geom = np.zeros(1, np.int32)
+        down = np.array([0.0, 0, -1])
+        start = np.array([*xy, ceiling])
+        far = mujoco.mj_ray(self.model, self.data, start, down, None, 1, -1, geom)
+        return ceiling - far if geom[0] >= 0 else -np.inf
 
     # Camera ---------------------------------------------------------------------------------
 
@@ -388,7 +476,8 @@ class Simulator:
 
         Mostly one visible part moves, at times two or three, in 1 of 20 nothing; free bodies are
         pushed and stepped by MuJoCo, or carried as by a hand. Camera motion comes on top. A joint
-        goes any share of its way, small ones more often; with `wide_probability` most of it.
+        goes any share of its way, small ones more often; with `wide_probability` most of it. Free
+        bodies on it ride along, those in its way are pushed.
         """
         camera_motion = np.eye(4)
         if rng.random() < camera_motion_probability:
@@ -422,20 +511,25 @@ class Simulator:
         qpos = self.data.qpos.copy()
         by_hand = rng.random() < 0.3
         pushed = [i for i in chosen if parts[i].free and not (by_hand or parts[i].held)]
-        if pushed:
-            qpos = self._push(rng, pushed)
-            names += [f"free body {self._body_of_part[i]} is pushed" for i in pushed]
+        driven = {}
         for i in chosen:
-            if i in pushed:
-                continue
-            if parts[i].free:
-                self._carry(rng, i, qpos)
-                names.append(f"free body {self._body_of_part[i]} is carried")
-            else:
-                address = self._qpos_of_part[i]
+            if i not in pushed and not parts[i].free:
+                value = self.data.qpos[self._qpos_of_part[i]]
                 low, high = self._range_of_part[i]
-                qpos[address] = self._next_joint_value(rng, qpos[address], low, high, wide)
-                names.append(f"part {self._body_of_part[i]} moves")
+                driven[i] = self._next_joint_value(rng, value, low, high, wide)
+        if self._world.free_bodies and (pushed or driven):
+            qpos = self._push(rng, pushed, driven)
+        else:  # nothing that could be in the way
+            qpos[self._qpos_of_part[list(driven)]] = list(driven.values())
+        for i in chosen:
+            body = self._body_of_part[i]
+            if i in pushed:
+                names.append(f"free body {body} is pushed")
+            elif i in driven:
+                names.append(f"part {body} moves")
+            else:
+                self._carry(rng, i, qpos)
+                names.append(f"free body {body} is carried")
         motion = self._motion_to(qpos)
         description = ", ".join(names)
         return Future(motion, camera_motion.astype(np.float32), description, qpos, len(chosen))
@@ -473,8 +567,12 @@ class Simulator:
         motion[~moving_bodies(motion)] = np.eye(4)
         return motion.astype(np.float32)
 
-    def _push(self, rng: np.random.Generator, parts: list[int]) -> NDArray[np.float64]:
-        """Steps the physics for the horizon after pushes at visible points of free bodies."""
+    def _push(
+        self, rng: np.random.Generator, parts: list[int], driven: dict[int, float]
+    ) -> NDArray[np.float64]:
+        """Steps the physics for the horizon after pushes at visible points of free bodies, while
+        the joints of the parts `driven` go to their values.
+        """
         model, data = self.model, self._scratch
         mujoco.mj_resetData(model, data)
         data.qpos[:] = self.data.qpos
@@ -506,7 +604,7 @@ class Simulator:
             impulse += force
         change = np.zeros((1, model.nv))
         mujoco.mj_solveM(model, data, change, impulse[None])
-        qpos = self._step(HORIZON_S, velocity=change[0])
+        qpos = self._step(HORIZON_S, change[0], driven)
         self._undo_jitter(qpos, {int(self._body_of_part[i]) for i in parts})
         return qpos
 

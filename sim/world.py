@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sim.assets import BUILDERS
+from sim.assets.bodies import free_body
 from sim.assets.pieces import add_prop
 from sim.builder import (
     COLLISION_ONLY_GROUP,
@@ -94,6 +95,9 @@ class World:
     support_radius: float  # free bodies stand within this distance of `main_centre`
     walled: bool
 
+
+LOOSE_SHARE = 0.25
+"""Of the training kinds' worlds without free bodies of their own: those where some lie about."""
 
 BACKDROP = -1
 """Asset number of floor, walls and clutter in the looks."""
@@ -219,6 +223,10 @@ def build_world(kind: str, rng: np.random.Generator) -> World:
         root.pos = (x, y, lift * scale if number == 0 else 0.0)
         extents.append((x, y, half_x, half_y))
         placed.append((np.array([x, y, root.pos[2] + high / 2]), Extent(half_x, half_y, high)))
+    if kind != "body" and kinds == TRAIN_KINDS and b.chance(LOOSE_SHARE):
+        b.asset, b.scale = len(names), scale
+        for i in range(b.pick(1, 1, 2, 3, 4)):
+            free_body(b, 2 * i, b.uniform(0.06, 0.22))
     radius, walled = _backdrop(b, kind, extents, scale)
     while len(spec.meshes) < MESH_SLOTS:  # the context expects all slots
         spec.add_mesh(name=f"mesh{len(spec.meshes)}").make_cone(3, 1)

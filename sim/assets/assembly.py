@@ -418,8 +418,8 @@ def _piston(b: Builder, frame: Body, face: Site, index: int) -> Body:
 
 
 _MOUNTS: tuple[Callable[[Builder, Body, Site, int], Body], ...] = (
-    *(_cover, _cover, _cover, _cover, _cover, _cover, _cap, _cap, _cap, _cap),
-    *(_spinner, _spinner, _spinner, _spinner),
+    *(_cover, _cover, _cover, _cover, _cover, _cover, _cap, _cap, _cap, _cap, _cap),
+    *(_spinner, _spinner, _spinner, _spinner, _spinner, _spinner),
     *(_swing, _swing, _stick, _stick, _stick, _flag, _rocker, _rocker),
     *(_shuttle, _piston, _piston),
 )

@@ -10,8 +10,11 @@ from sim.builder import Builder, Extent, turn
 Body = mujoco.MjsBody
 
 
-def _free_body(b: Builder, index: int, size: float) -> None:
-    """One free rigid body: simple shapes, vessels and composites."""
+def free_body(b: Builder, index: int, size: float, held: float = 0.0) -> None:
+    """One free rigid body of about this half size: simple shapes, vessels and composites.
+
+    Of those that a hand can hold it holds the share `held`.
+    """
     upright = (1.0, 0.0, 0.0, 0.0)
     on_side = turn("x", np.pi / 2)
     body = b.free()
@@ -68,7 +71,7 @@ def _free_body(b: Builder, index: int, size: float) -> None:
     elif style == "vessel":
         r, h = s * b.uniform(0.35, 0.7), s * b.uniform(0.6, 2)
         b.lathe(body, vessel_profile(b, r, h), look="free", index=index)
-        if b.chance(0.3):
+        if b.chance(held):
             _hand(b, body, r, h)
         b.place_free(r, h, [(upright, 0.0)], False)
     elif style == "mug":
@@ -81,7 +84,7 @@ def _free_body(b: Builder, index: int, size: float) -> None:
         b.capsule(body, thick, h * 0.25, (r + reach, 0, h * 0.5), "z", "grip", index)
         for z in (0.25, 0.75):
             b.capsule(body, thick, reach / 2, (r + reach / 2, 0, h * z), "x", "grip", index)
-        if b.chance(0.3):
+        if b.chance(held):
             _hand(b, body, r, h)
         b.place_free(r + reach, h, [(upright, 0.0)], False)
     elif style == "tee":
@@ -153,7 +156,7 @@ def body(b: Builder, root: Body) -> Extent:
     count = b.pick(1, 1, 2, 2, 3, 4, 6)
     size = {1: 0.5, 2: 0.33, 3: 0.28, 4: 0.25, 6: 0.2}[count]
     for i in range(count):
-        _free_body(b, 2 * i, size * b.uniform(0.6, 1.1))
+        free_body(b, 2 * i, size * b.uniform(0.6, 1.1), held=0.3)
     radii = np.array([free.radius for free in b.free_bodies]) / b.scale
     reach = max(1.1 * float(radii.max()), 1.8 * float(np.linalg.norm(radii)))
     return Extent(reach, reach, 2 * size)
