@@ -27,9 +27,9 @@ _OPTICAL = np.diag([1.0, -1.0, -1.0])
 _VISIBLE_SHARE = 0.004  # of the picture: a part below is not chosen to move
 _SUBJECT_SHARE = (0.03, 0.8)  # of the picture, wanted for the main asset's movable parts together
 _FLOW_RANGE = (0.004, 0.8)  # of the strongest flow in a future; others are drawn anew
-_AWAY = 25.0  # metres before the main asset, behind any camera: bodies for which there is no room
-_PLACES = 20  # that are tried for a free body
-_EVEN = 0.1  # of its radius: a support with lower steps is one that a body can stand on
+_AWAY = 100.0  # metres: beyond what any camera sees; there are bodies that found no place
+_PLACES = 30  # tried on the parts for a free body, and as many before them
+_EVEN = 0.1  # of its radius: by how much a support may be uneven, or it may sink into one
 _JITTER = 1e-3  # of its extent: two states of a free body that differ by less are the same
 _HAND_STIFFNESS = (
     40.0  # 1/s, natural frequency of a hand that leads a point; it is critically damped
@@ -150,6 +150,11 @@ class Simulator:
     # State ----------------------------------------------------------------------------------
 
     @property
+    def has_free_bodies(self) -> bool:
+        """Whether any body can be pushed or carried off; foreign worlds have none."""
+        return bool(self._world.free_bodies)
+
+    @property
     def number_of_bodies(self) -> int:
         """Length of `Future.body_motion`."""
         return int(self.model.nbody)
@@ -225,11 +230,11 @@ class Simulator:
         if velocity is not None:
             data.qvel[:] = velocity
         steps = round(duration / model.opt.timestep)
-        parts = list(driven or {})
-        dofs = model.jnt_dofadr[[self._world.parts[i].joint.id for i in parts]]
-        at = self._qpos_of_part[parts]
-        start = self.data.qpos[at]
-        way = np.array([(driven or {})[i] for i in parts]) - start
+        driven = driven or {}
+        dofs = model.jnt_dofadr[[self._world.parts[i].joint.id for i in driven]]
+        at = self._qpos_of_part[list(driven)]
+        start, goal = self.data.qpos[at], np.array(list(driven.values()))
+        way = goal - start
         resting_damping = model.dof_damping.copy()
         # Contacts are solved with the speed that damping leaves, which must be the joint's.
         model.dof_damping[dofs] = 0
@@ -246,7 +251,7 @@ class Simulator:
             if not part.free or part.held:
                 here = slice(self._qpos_of_part[i], self._qpos_of_part[i] + (7 if part.free else 1))
                 qpos[here] = self.data.qpos[here]
-        qpos[at] = start + way
+        qpos[at] = goal
         return qpos
 
     def _lift(self, rng: np.random.Generator, body: FreeBody) -> None:
@@ -299,39 +304,46 @@ class Simulator:
             self._turn(self.data.qpos[address + 3 : address + 7], yaw)
 
     def _strew(self, rng: np.random.Generator, bodies: list[FreeBody]) -> None:
-        """Puts free bodies on what moves, or before it, where there is room for them to stand."""
+        """Stands free bodies on the main asset's parts or, where there is no room, before it."""
         model, data, world = self.model, self.data, self._world
         mujoco.mj_kinematics(model, data)
         own = [i for i, part in enumerate(world.parts) if part.asset == 0]
-        geoms = np.flatnonzero(self._carried_by_part[own].any(0)[model.geom_bodyid])
+        on_part = self._carried_by_part[own].any(0)[model.geom_bodyid]  # [geom]
+        geoms = np.flatnonzero(on_part)
         turned = _rotation(np.array([0, 0, world.front]))[:2, :2]
+        # The floor: walls are at z = 0, which it is not above.
         floor = data.geom_xpos[model.geom_type == mujoco.mjtGeom.mjGEOM_PLANE, 2].min()
         places = []  # [7] of each body in qpos
         for number, body in enumerate(bodies):
             start = model.jnt_qposadr[body.part.joint.id]
             places.append(slice(start, start + 7))
-            xy = world.main_centre[:2] + turned @ np.array([0, -_AWAY - number])
             pose = body.poses[0]
-            data.qpos[places[-1]] = (*xy, floor + pose.height, *pose.quat)
+            data.qpos[places[-1]] = (0, -_AWAY - number, floor + pose.height, *pose.quat)
         ceiling = world.main_centre[2] + 2 * world.main_extent.z + 1
+        extent = world.main_extent
         around = np.array([(0, 0), (1, 0), (-1, 0), (0, 1), (0, -1)])
         for body, here in zip(bodies, places, strict=True):
             pose = body.poses[int(rng.integers(len(body.poses)))]
-            for _ in range(_PLACES):
+            away = data.qpos[here].copy()
+            above = rng.random() < 0.7
+            for attempt in range(0 if above else _PLACES, 2 * _PLACES):
+                above = attempt < _PLACES
                 mujoco.mj_kinematics(model, data)
-                if rng.random() < 0.6:
+                if above:
                     geom = rng.choice(geoms)
-                    xy = data.geom_xpos[geom, :2]
-                    xy = xy + rng.uniform(-0.7, 0.7, 2) * model.geom_rbound[geom]
+                    reach = model.geom_rbound[geom]
+                    xy = data.geom_xpos[geom, :2] + rng.uniform(-0.7, 0.7, 2) * reach
                 else:  # within reach of what opens to the front
-                    extent = world.main_extent
                     x = rng.uniform(-1, 1) * extent.x
                     y = -extent.y - body.radius - rng.uniform(0, 0.6) * extent.x
                     xy = world.main_centre[:2] + turned @ np.array([x, y])
-                levels = [self._level(xy + 0.7 * body.radius * i, ceiling) for i in around]
-                if not max(levels) - min(levels) < _EVEN * body.radius:  # NaN where there is none
+                seen = [self._surface(xy + 0.6 * body.radius * i, ceiling) for i in around]
+                levels, surfaces = zip(*seen, strict=True)
+                if above and not on_part[list(surfaces)].all():
                     continue
-                away = data.qpos[here].copy()
+                # NaN where there is nothing below at all
+                if not max(levels) - min(levels) < _EVEN * body.radius:
+                    continue
                 data.qpos[here] = (*xy, max(levels) + pose.height, *pose.quat)
                 yaw = np.array([0, 0, rng.uniform(-np.pi, np.pi)])
                 self._turn(data.qpos[here][3:], yaw)
@@ -341,18 +353,19 @@ class Simulator:
 
     def _overlap(self, body: FreeBody) -> float:
         """How deep a free body is in others or in what is fixed (m)."""
-        mujoco.mj_fwdPosition(self.model, self.data)
+        mujoco.mj_kinematics(self.model, self.data)
+        mujoco.mj_collision(self.model, self.data)
         contact = self.data.contact
         own = (self.model.geom_bodyid[contact.geom] == body.part.body.id).any(1)
         return -float(contact.dist[own].min(initial=0.0))
 
-    def _level(self, xy: NDArray[np.float64], ceiling: float) -> float:
-        """Height of the first surface below (x, y, ceiling) in metres, -inf if there is none."""
+    def _surface(self, xy: NDArray[np.float64], ceiling: float) -> tuple[float, int]:
+        """Height (m) and geom of the first surface below (x, y, ceiling); -inf, -1: none."""
         geom = np.zeros(1, np.int32)
         down = np.array([0.0, 0, -1])
         start = np.array([*xy, ceiling])
         far = mujoco.mj_ray(self.model, self.data, start, down, None, 1, -1, geom)
-        return ceiling - far if geom[0] >= 0 else -np.inf
+        return (ceiling - far, int(geom[0])) if geom[0] >= 0 else (-np.inf, -1)
 
     # Camera ---------------------------------------------------------------------------------
 
@@ -513,7 +526,7 @@ class Simulator:
         pushed = [i for i in chosen if parts[i].free and not (by_hand or parts[i].held)]
         driven = {}
         for i in chosen:
-            if i not in pushed and not parts[i].free:
+            if not parts[i].free:
                 value = self.data.qpos[self._qpos_of_part[i]]
                 low, high = self._range_of_part[i]
                 driven[i] = self._next_joint_value(rng, value, low, high, wide)
@@ -528,6 +541,8 @@ class Simulator:
             elif i in driven:
                 names.append(f"part {body} moves")
             else:
+                here = slice(self._qpos_of_part[i], self._qpos_of_part[i] + 7)
+                qpos[here] = self.data.qpos[here]  # the hand has it, whatever met it above
                 self._carry(rng, i, qpos)
                 names.append(f"free body {body} is carried")
         motion = self._motion_to(qpos)
@@ -609,8 +624,8 @@ class Simulator:
         return qpos
 
     def _undo_jitter(self, qpos: NDArray[np.float64], pushed: set[int]) -> None:
-        """Contacts jitter, and round bodies creep: what hardly moves, or moves so without the push
-        too, stays where it is. Changes `qpos` in place.
+        """Contacts jitter, and round bodies creep: what hardly moves, or moves so without any push
+        or joint's motion too, stays where it is. Changes `qpos` in place.
         """
         for free in self._world.free_bodies:
             if free.part.body.id not in pushed:
@@ -664,7 +679,8 @@ class Simulator:
         wanted pixel, not along it: how deep the point then lies is up to the joints. They move as
         far as that takes, to their limits at most, and not in a direction that they forbid. All
         joints that carry the body give way alike; gravity is balanced in them, but acts on bodies
-        that lie free. On the static world, and on what another hand holds, this one slips.
+        that lie free, be it on what is led. On the static world, and on what another hand holds,
+        this one slips.
 
         Args:
             xy: pixel coordinates (u, v) of the point, rounded to a whole pixel.

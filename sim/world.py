@@ -92,7 +92,7 @@ class World:
     main_centre: NDArray[np.float64]  # [3] metres
     main_extent: Extent  # metres
     front: float  # heading of the main asset's front: 0 looks along -y, radians about z
-    support_radius: float  # free bodies stand within this distance of `main_centre`
+    support_radius: float  # those of kind "body" stand within this distance of `main_centre`
     walled: bool
 
 
@@ -223,10 +223,11 @@ def build_world(kind: str, rng: np.random.Generator) -> World:
         root.pos = (x, y, lift * scale if number == 0 else 0.0)
         extents.append((x, y, half_x, half_y))
         placed.append((np.array([x, y, root.pos[2] + high / 2]), Extent(half_x, half_y, high)))
+    # Last, so that nothing is drawn for the kinds held out, whose worlds stay what they are.
     if kind != "body" and kinds == TRAIN_KINDS and b.chance(LOOSE_SHARE):
         b.asset, b.scale = len(names), scale
         for i in range(b.pick(1, 1, 2, 3, 4)):
-            free_body(b, 2 * i, b.uniform(0.06, 0.22))
+            free_body(b, 2 * i, float(np.exp(b.uniform(np.log(0.04), np.log(0.2)))))
     radius, walled = _backdrop(b, kind, extents, scale)
     while len(spec.meshes) < MESH_SLOTS:  # the context expects all slots
         spec.add_mesh(name=f"mesh{len(spec.meshes)}").make_cone(3, 1)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Simulated worlds: true flow against a second rendering, determinism, limits, all kinds."""
 
+import hashlib
 import itertools
 import subprocess
 import sys
@@ -178,51 +179,89 @@ def strewn(kinds: tuple[str, ...], count: int) -> list[Simulator]:
     """Worlds of jointed things where free bodies lie about."""
     seeds = itertools.count()
     worlds = (Simulator(kind, seed, (64, 64)) for seed in seeds for kind in kinds)
-    return list(itertools.islice((w for w in worlds if w._world.free_bodies), count))
+    return list(itertools.islice((w for w in worlds if w.has_free_bodies), count))
 
 
 def test_what_lies_on_a_part_rides_and_what_stands_before_it_is_pushed() -> None:
     """A joint that moves takes free bodies along by the physics; others stay exactly there."""
     moved = rode = stayed = 0
     for world in strewn(("drawer", "door", "assembly"), 12):
-        rng = np.random.default_rng(0)
-        free = np.array([body.part.body.id for body in world._world.free_bodies])
+        rng, model = np.random.default_rng(0), world.model
+        free = [body.part.body.id for body in world._world.free_bodies]
+        jointed = model.jnt_type != mujoco.mjtJoint.mjJNT_FREE
+        low, high = model.jnt_range[jointed].T
+        places = model.jnt_qposadr[jointed]
+        state, damping = world.data.qpos.copy(), model.dof_damping.copy()
         for future in (world.sample_future(rng) for _ in range(8)):
-            jointed = world.model.jnt_type != mujoco.mjtJoint.mjJNT_FREE
-            low, high = world.model.jnt_range[jointed].T
-            values = future.qpos[world.model.jnt_qposadr[jointed]]
-            assert ((low - 1e-9 <= values) & (values <= high + 1e-9)).all()
+            values = future.qpos[places]
+            assert ((low <= values) & (values <= high)).all()
+            np.testing.assert_array_equal(world.data.qpos, state)
+            np.testing.assert_array_equal(model.dof_damping, damping)
             if future.causes != 1 or not future.description.startswith("part"):
                 continue
+            assert (values != state[places]).sum() == 1, "the joints that were not chosen stay"
             part = int(future.description.split()[1])
             assert future.moving[part]
             for body in free:
                 motion = future.body_motion[body]
                 moved += future.moving[body]
-                stayed += (motion == np.eye(4)).all()
+                stayed += world.data.xpos[body, 1] > -50 and (motion == np.eye(4)).all()
                 # what the part does at the body's place, nearly: it rode
                 origin = np.append(world.data.xpos[body], 1)
                 there, with_part = motion @ origin, future.body_motion[part] @ origin
                 way = np.linalg.norm(with_part - origin)
                 rode += way > 1e-3 and np.linalg.norm(there - with_part) < 0.1 * way
-    assert moved > 10
     assert moved > rode > 3
+    assert moved > 10
     assert stayed > 40
 
 
-def test_strewn_bodies_rest_on_something_and_in_nothing() -> None:
-    for world in strewn(TRAIN_KINDS[:5], 10):
+def test_parts_bodies_pushed_and_bodies_carried_may_move_at_once() -> None:
+    found = set()
+    for world in strewn(("drawer", "assembly"), 12):
+        rng = np.random.default_rng(1)
+        for future in (world.sample_future(rng) for _ in range(12)):
+            assert np.isfinite(future.qpos).all()
+            ways = {word for word in ("moves", "pushed", "carried") if word in future.description}
+            found.add(frozenset(ways))
+    assert {frozenset(("moves", "pushed")), frozenset(("moves", "carried"))} <= found
+
+
+def test_strewn_bodies_rest_on_parts_and_before_them() -> None:
+    """Few find no place; those that do stand on something, in nothing, and stay."""
+    still, near, on_part, count = [], 0, 0, 0
+    for world in strewn(tuple(k for k in TRAIN_KINDS if k != "body"), 24):
+        own = {part.body.id for part in world._world.parts if part.asset == 0}
         for body in world._world.free_bodies:
-            assert world._overlap(body) < 0.1 * body.radius
-        start = [world.model.jnt_qposadr[b.part.joint.id] for b in world._world.free_bodies]
-        falls = [world.data.qpos[i + 2] - world._unpushed()[i + 2] for i in start]
-        assert np.mean(np.array(falls) < 0.02 * world._world.main_extent.z) > 0.6
+            count += 1
+            start = world.model.jnt_qposadr[body.part.joint.id]
+            here, later = world.data.qpos[start:][:3], world._unpushed()[start:][:3]
+            if here[1] < -50:
+                continue
+            near += 1
+            assert world._overlap(body) < 0.15 * body.radius
+            still.append(np.linalg.norm(later - here) < 0.02 * body.extent)
+            bodies = world.model.geom_bodyid[world.data.contact.geom]
+            touched = set(bodies[(bodies == body.part.body.id).any(1)].ravel())
+            on_part += any(own & {b, *parents(world, b)} for b in touched)
+    assert near > 0.8 * count
+    assert np.mean(still) > 0.9
+    assert on_part > 0.15 * count
 
 
-def test_nothing_lies_about_in_the_kinds_that_are_held_out() -> None:
-    """Their scenes stay what they were when earlier models were measured on them."""
-    for kind in HELD_OUT_KINDS:
-        assert not any(Simulator(kind, i, (64, 64))._world.free_bodies for i in range(12))
+@pytest.mark.parametrize(
+    ("kind", "digest"), [("lid", "50c595d6"), ("lever", "018a2cfc"), ("turntable", "62d53112")]
+)
+def test_worlds_of_the_kinds_held_out_stay_what_they_were(kind: str, digest: str) -> None:
+    """So that models may be compared: nothing more is drawn for them when kinds trained on change.
+
+    The states are rounded, so that the digest is that of any machine.
+    """
+    world = Simulator(kind, 5, (64, 64))
+    future = world.sample_future(np.random.default_rng(0))
+    states = np.concatenate([world.model.geom_size.ravel(), world.data.qpos, future.qpos])
+    assert hashlib.sha256(np.round(states, 6).tobytes()).hexdigest()[:8] == digest
+    assert not world.has_free_bodies
 
 
 def test_wide_futures_go_most_of_a_joints_way() -> None:
@@ -231,7 +270,7 @@ def test_wide_futures_go_most_of_a_joints_way() -> None:
     for wide, found in shares.items():
         for seed in range(12):
             world, rng = Simulator("drawer", seed, (64, 64)), np.random.default_rng(0)
-            if world._world.free_bodies:
+            if world.has_free_bodies:
                 continue
             before = world.data.qpos.copy()
             low, high = world.model.jnt_range.T
@@ -429,7 +468,9 @@ def test_a_poke_by_a_true_motion_brings_that_future_about(kind):
         one_part = future.causes == 1 and future.description.startswith("part")
         if not one_part or length.max() < 4:
             continue
-        places = np.argwhere(length > 0.5 * length.max())
+        part = int(future.description.split()[1])
+        of_part = [b for b in range(world.number_of_bodies) if part in (b, *parents(world, b))]
+        places = np.argwhere((length > 0.5 * length.max()) & np.isin(frame.bodies, of_part))
         v, u = places[rng.integers(len(places))]
         poked = world.future_of_poke((u, v), flow[v, u])
         again = world.future_of_poke((u, v), flow[v, u])

@@ -13,7 +13,7 @@ Body = mujoco.MjsBody
 def free_body(b: Builder, index: int, size: float, held: float = 0.0) -> None:
     """One free rigid body of about this half size: simple shapes, vessels and composites.
 
-    Of those that a hand can hold it holds the share `held`.
+    A hand holds the share `held` of the vessels and mugs.
     """
     upright = (1.0, 0.0, 0.0, 0.0)
     on_side = turn("x", np.pi / 2)
