@@ -254,8 +254,9 @@ def test_nothing_is_hidden_when_nothing_moves_or_all_leaves() -> None:
         occluded(depth, np.zeros((60, 80, 2)))
 
 
-@pytest.mark.parametrize(("kind", "seed", "least"), [("drawer", 1, 0.85), ("slider", 3, 0.85)])
+@pytest.mark.parametrize(("kind", "seed", "least"), [("drawer", 20, 0.85), ("slider", 3, 0.85)])
 def test_occlusion_is_that_of_the_second_rendering(kind: str, seed: int, least: float) -> None:
+    """Where what comes to hide something was seen before, unlike the inside of a drawer."""
     world = Simulator(kind, seed, (160, 160))
     frame = world.render()
     future = world.sample_future(np.random.default_rng(0))
