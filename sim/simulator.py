@@ -307,8 +307,7 @@ class Simulator:
         """Stands free bodies on the main asset's parts or, where there is no room, before it."""
         model, data, world = self.model, self.data, self._world
         mujoco.mj_kinematics(model, data)
-        own = [i for i, part in enumerate(world.parts) if part.asset == 0]
-        on_part = self._carried_by_part[own].any(0)[model.geom_bodyid]  # [geom]
+        on_part = self._subject[model.geom_bodyid]  # [geom]
         geoms = np.flatnonzero(on_part)
         turned = _rotation(np.array([0, 0, world.front]))[:2, :2]
         # The floor: walls are at z = 0, which it is not above.
@@ -319,8 +318,9 @@ class Simulator:
             places.append(slice(start, start + 7))
             pose = body.poses[0]
             data.qpos[places[-1]] = (0, -_AWAY - number, floor + pose.height, *pose.quat)
-        ceiling = world.main_centre[2] + 2 * world.main_extent.z + 1
+        mujoco.mj_kinematics(model, data)
         extent = world.main_extent
+        ceiling = world.main_centre[2] + 2 * extent.z + 1
         around = np.array([(0, 0), (1, 0), (-1, 0), (0, 1), (0, -1)])
         for body, here in zip(bodies, places, strict=True):
             pose = body.poses[int(rng.integers(len(body.poses)))]
@@ -328,7 +328,6 @@ class Simulator:
             above = rng.random() < 0.7
             for attempt in range(0 if above else _PLACES, 2 * _PLACES):
                 above = attempt < _PLACES
-                mujoco.mj_kinematics(model, data)
                 if above:
                     geom = rng.choice(geoms)
                     reach = model.geom_rbound[geom]
@@ -350,6 +349,7 @@ class Simulator:
                 if self._overlap(body) < _EVEN * body.radius:
                     break
                 data.qpos[here] = away
+                mujoco.mj_kinematics(model, data)
 
     def _overlap(self, body: FreeBody) -> float:
         """How deep a free body is in others or in what is fixed (m)."""

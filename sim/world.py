@@ -223,7 +223,7 @@ def build_world(kind: str, rng: np.random.Generator) -> World:
         root.pos = (x, y, lift * scale if number == 0 else 0.0)
         extents.append((x, y, half_x, half_y))
         placed.append((np.array([x, y, root.pos[2] + high / 2]), Extent(half_x, half_y, high)))
-    # Last, so that nothing is drawn for the kinds held out, whose worlds stay what they are.
+    # The chance comes last: nothing is drawn for kinds held out, whose worlds stay what they are.
     if kind != "body" and kinds == TRAIN_KINDS and b.chance(LOOSE_SHARE):
         b.asset, b.scale = len(names), scale
         for i in range(b.pick(1, 1, 2, 3, 4)):
