@@ -232,14 +232,40 @@ def test_pokes_prefer_what_moves_only_in_informed_examples(data: Path) -> None:
 def test_the_share_of_moving_cameras(share: float | None) -> None:
     static = np.array([True] * 7 + [False])
     config, rng = DataConfig(moving_camera=share, futures_per_image=2), np.random.default_rng(0)
-    shown = [choose_futures(static, config, rng) for _ in range(400)]
+    shown = [choose_futures(static, None, config, rng) for _ in range(400)]
     moving = np.mean([~static[futures] for futures in shown])
     assert moving == pytest.approx({None: 1 / 8, 0.0: 0, 0.5: 0.385, 1.0: 1}[share], abs=0.05)
     if share != 1:  # of which there is one only
         assert all(len(set(futures)) == 2 for futures in shown), "no future twice"
-    alike = [choose_futures(static[:7], config, np.random.default_rng(s)) for s in range(9)]
+    alike = [choose_futures(static[:7], None, config, np.random.default_rng(s)) for s in range(9)]
     plain = [np.random.default_rng(s).choice(7, 2, replace=False) for s in range(9)]
     assert np.array_equal(alike, plain), "nothing to choose from: as stored"
+
+
+@pytest.mark.parametrize("share", [None, 0.5])
+def test_far_futures_are_shown_more_often(share: float | None) -> None:
+    static = np.array([True] * 3 + [False] * 2)
+    config, rng = DataConfig(moving_camera=share), np.random.default_rng(0)
+    weights = np.array([1.0, 2.0, 5.0, 1.0, 3.0])
+    shown = [choose_futures(static, weights, config, rng)[0] for _ in range(4000)]
+    still, moving = (0.5, 0.5) if share else (3 / 5, 2 / 5)
+    expected = still * np.array([1 / 8, 2 / 8, 5 / 8, 0, 0])
+    expected += moving * np.array([0, 0, 0, 1 / 4, 3 / 4])
+    assert np.bincount(shown) / 4000 == pytest.approx(expected, abs=0.03)
+
+
+def test_with_near_futures_examples_move_farther(data: Path) -> None:
+    shards, plain = Shards(data, "train"), DataConfig(informed=1.0, first_poke_largest=1.0)
+
+    def far(config: DataConfig) -> float:
+        examples = [
+            shards.example(i, 64, config, np.random.default_rng(seed))
+            for i in range(len(shards))
+            for seed in range(12)
+        ]
+        return float(np.mean([e.poke_flow[0, 0].norm() for e in examples]))
+
+    assert far(replace(plain, near_futures=0.01)) > 1.2 * far(plain)
 
 
 def test_shards_know_their_origin(data: Path, tmp_path: Path) -> None:
@@ -491,6 +517,7 @@ def test_only_chosen_stages_are_trained() -> None:
         ({"data": {"futures_per_image": 0}}, "futures_per_image must be >= 1"),
         ({"data": {"horizon_frames": 0}}, "horizon_frames must be >= 1"),
         ({"data": {"moving_camera": 1.5}}, "moving_camera must be in .* received 1.5"),
+        ({"data": {"near_futures": 0}}, "near_futures must be > 0, received 0"),
         ({"optim": {"precision": "fp8"}}, "fp8"),
     ],
 )

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,6 +28,10 @@ class DataConfig:
     # about so large a share of an image's shown futures has a moving camera, where it has such and
     # others stored; None: as stored
     moving_camera: float | None = None
+    # image sides: an image's futures are shown with probabilities in proportion to this plus their
+    # largest motion, so that the steps go where most of the error is; None: all alike. The weight
+    # depends on nothing that a poke where the motion is largest does not tell.
+    near_futures: float | None = None
     segment_points: int = 0  # points whose rigid body is told, for an auxiliary loss
     # motions
     # frames from the picture to the end of its motion, in shards of tracked videos; theirs alone
@@ -75,6 +80,8 @@ class DataConfig:
                 raise ValueError(f"{name} must be >= {least}, received {getattr(self, name)}")
         if self.moving_camera is not None and not 0 <= self.moving_camera <= 1:
             raise ValueError(f"moving_camera must be in [0, 1], received {self.moving_camera}")
+        if self.near_futures is not None and not 0 < self.near_futures < math.inf:
+            raise ValueError(f"near_futures must be > 0, received {self.near_futures}")
 
     def without_augmentation(self) -> DataConfig:
         """The same pokes and queries on whole, clean images with true motions, for validation."""

@@ -282,8 +282,16 @@ def make_example(
         return np.stack([index % size[1], index // size[1]], -1)
 
     count, groups = config.pokes, len(config.visible_pokes)
-    futures = choose_futures(sample.camera_static, config, rng)
     moves = sample.moving
+    weights = None
+    if config.near_futures is not None and len(on_bodies):
+        some = rng.choice(on_bodies, _CANDIDATES)
+        weights = np.full(sample.futures, config.near_futures)
+        for future in range(sample.futures):
+            moving = some[moves[future][sample.bodies.ravel()[some]]]
+            far = np.linalg.norm(sample.flow_at(future, points(moving)).flow, axis=-1)
+            weights[future] += min(far.max(initial=0), _MAX_FLOW)
+    futures = choose_futures(sample.camera_static, weights, config, rng)
     static = sample.camera_static[futures] & (rng.random(len(futures)) >= config.hide_static_flag)
     placed, moved = [], []
     for future in futures:
@@ -330,13 +338,26 @@ def make_example(
 
 
 def choose_futures(
-    static: NDArray[np.bool_], config: DataConfig, rng: np.random.Generator
+    static: NDArray[np.bool_],
+    weights: NDArray[np.float64] | None,
+    config: DataConfig,
+    rng: np.random.Generator,
 ) -> NDArray[np.intp]:
-    """Of the futures of an image, of which ``static [F]`` have a still camera, those to show."""
-    count, probability = config.futures_per_image, None
-    if config.moving_camera is not None and static.any() and not static.all():
-        share = config.moving_camera
-        probability = np.where(static, (1 - share) / static.sum(), share / (~static).sum())
+    """Of the futures of an image, of which ``static [F]`` have a still camera, those to show.
+
+    They are shown in proportion to the positive ``weights [F]``, None: all alike; how often the
+    camera moves does not depend on these.
+    """
+    count, share, probability = config.futures_per_image, config.moving_camera, None
+    if share is None or static.all() or not static.any():
+        share = np.mean(~static)  # as stored
+    elif weights is None:
+        weights = np.ones(len(static))
+    if weights is not None:
+        probability = np.zeros(len(static))
+        for group, part in ((static, 1 - share), (~static, share)):
+            if group.any():
+                probability[group] = part * weights[group] / weights[group].sum()
     possible = len(static) if probability is None else np.count_nonzero(probability)
     return rng.choice(len(static), count, replace=possible < count, p=probability)
 
