@@ -25,7 +25,9 @@ COPY . src/fpt_ros
 RUN source /opt/ros/jazzy/setup.bash && source venv/bin/activate \
     && colcon build --base-paths src/fpt_ros src/fpt_ros/fpt_msgs
 
-RUN useradd --create-home fpt
+# what compile:=true builds; a volume there outlives the container
+RUN useradd --create-home fpt && mkdir /cache && chown fpt /cache
+ENV XDG_CACHE_HOME=/cache TORCHINDUCTOR_CACHE_DIR=/cache/torch
 USER fpt
 ENTRYPOINT ["/bin/bash", "-c", "source /opt/ros/jazzy/setup.bash && source /ws/venv/bin/activate && source /ws/install/setup.bash && exec \"$@\"", "--"]
 CMD ["ros2", "launch", "fpt_ros", "fpt.launch.py"]

@@ -262,7 +262,9 @@ class FlowMixture:
         pair = self.component_kl(other)  # [..., K, K']
         cost = pair - other.log_weights[..., None, :]
         best = np.min(cost, axis=-1)
-        return np.sum(self.weights * (best + self.log_weights), -1)
+        # a component of weight 0, whose logarithm is infinite, adds nothing
+        terms = np.where(self.weights > 0, best + self.log_weights, 0.0)
+        return np.sum(self.weights * terms, -1)
 
     def component_kl(self, other: FlowMixture) -> Array:
         """``[..., K, K']``: closed-form KL between each pair of Gaussian components, in nats.

@@ -69,18 +69,10 @@ class ImageHistory:
         self._encoded: deque[HeldImage] = deque()
         self._scenes = scenes
 
-    def __len__(self) -> int:
-        return len(self._all())
-
     def add(self, msg: Image | CompressedImage) -> HeldImage:
         """Hold an image as the newest."""
         self._latest.append(HeldImage(msg))
         return self._latest[-1]
-
-    @property
-    def newest(self) -> HeldImage | None:
-        """The image that came last."""
-        return self._latest[-1] if self._latest else None
 
     def find(self, ns: int) -> HeldImage | None:
         """The image with this stamp; of several (a bag that loops repeats them) the newest."""

@@ -119,6 +119,7 @@ class FptNode(LifecycleNode):
         self._messages: Outputs | None = None
         self._scene: SceneOutputs | None = None
         self._worker: Worker | None = None
+        self._default_threads = torch.get_num_threads()
 
         # their callbacks wait for the worker without holding up each other or anything else
         group = ReentrantCallbackGroup()
@@ -278,8 +279,7 @@ class FptNode(LifecycleNode):
         self._worker, self._predictor, self._messages = None, None, None
 
     def _load_predictor(self) -> FlowPredictor:
-        if self._value("threads"):
-            torch.set_num_threads(self._value("threads"))
+        torch.set_num_threads(self._value("threads") or self._default_threads)
         with self._backend_warnings():
             predictor = FlowPredictor.load(
                 self._value("model"),
@@ -304,7 +304,7 @@ class FptNode(LifecycleNode):
         """Log and count what the model library warns of: that it falls back, that it builds."""
 
         def warn(record: logging.LogRecord) -> bool:
-            self._monitor.count("errors: backend")
+            self._monitor.remember_error("backend", record.getMessage())
             self.get_logger().warning(record.getMessage())
             return False  # said once is enough
 

@@ -83,11 +83,16 @@ class Monitor:
         self.count("images received")
         self._image_at = time.monotonic()
 
-    def error(self, kind: str, text: str) -> None:
-        """Count and remember an error; log it unless the same kind was logged just now."""
+    def remember_error(self, kind: str, text: str) -> None:
+        """Count and remember an error that is logged elsewhere."""
         with self._lock:
             self._counts[f"errors: {kind}"] += 1
             self._last_error = f"{kind}: {text}"
+
+    def error(self, kind: str, text: str) -> None:
+        """Count and remember an error; log it unless the same kind was logged just now."""
+        self.remember_error(kind, text)
+        with self._lock:
             due = self._due(kind)
         if due:
             self._logger.error(f"{kind}: {text}")

@@ -62,17 +62,14 @@ class Goal:
     keep_out: Array = field(default_factory=lambda: np.zeros((0, 3)))
 
     def __post_init__(self) -> None:
-        for name in ("point", "motion", "keep", "keep_out"):
+        for name in ("point", "motion", "keep"):
             value = getattr(self, name)
             if value is not None and not np.isfinite(value).all():
                 raise RequestError(f"{name} must be finite, received {np.asarray(value).tolist()}")
         if self.motion is not None and not np.linalg.norm(self.motion) > 0:
             raise RequestError(f"motion must not be zero, received {self.motion.tolist()}")
         _check_tolerance(self.tolerance)
-        if (self.keep_out[:, 2] <= 0).any():
-            raise RequestError(
-                f"radii of keep_out must be > 0 px, received {self.keep_out[:, 2].tolist()}"
-            )
+        _check_keep_out(self.keep_out)
 
 
 @dataclass(frozen=True)
@@ -291,16 +288,19 @@ def explore(size: Size, search: Search, tolerance: float, keep_out: Array | None
         keep_out: ``[N, 3]`` discs as in :class:`Goal`.
 
     Raises:
-        RequestError: no poke is possible, or a tolerance that is not positive.
+        RequestError: no poke is possible, a tolerance or a radius of ``keep_out`` that is not
+            positive, a disc that is not finite.
     """
     _check_tolerance(tolerance)
+    keep_out = np.zeros((0, 3)) if keep_out is None else keep_out
+    _check_keep_out(keep_out)
     rng = np.random.default_rng(search.seed)
     cells = _Cells(size, search.cells)
     coarse = _Cells(size, (8, 8))
     (predicted,) = yield Ask([Pokes()], cells.xy)
     none = predicted.marginal(2)  # exploring is about the motion in the image
     moves = 1 - none.probability_within(np.zeros(none.dims), tolerance)
-    allowed = _allowed(cells.xy, np.zeros((0, 3)) if keep_out is None else keep_out)
+    allowed = _allowed(cells.xy, keep_out)
     places = _draw(allowed * cells.smooth(moves), max(1, search.positions // 2), rng)
     outcomes = none[places].sample(search.outcomes, rng)  # [S, C, D]
     at = np.tile(places, search.outcomes)
@@ -462,6 +462,13 @@ def _alike(mixture: FlowMixture, flow: Array, tolerance: float) -> Array:
     length = np.linalg.norm(flow, axis=-1)
     alike = mixture.probability_within(flow, length / 2, _CHECKS)
     return np.where(length > tolerance, alike, 0.0)
+
+
+def _check_keep_out(discs: Array) -> None:
+    if not np.isfinite(discs).all():
+        raise RequestError(f"keep_out must be finite, received {discs.tolist()}")
+    if (discs[:, 2] <= 0).any():
+        raise RequestError(f"radii of keep_out must be > 0 px, received {discs[:, 2].tolist()}")
 
 
 def _allowed(xy: Array, keep_out: Array) -> NDArray[np.bool_]:

@@ -9,6 +9,7 @@ with ROS.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -61,8 +62,9 @@ PARAMETERS = (
     Spec("max_length_px", 0.0, "Longer motions are shortened to this, px; 0: no limit.", 0.0, 1e5),
     Spec("kl_threshold_nats", 0.0, "Influence above which a point belongs to the part that moves "
          "along, nats; 0: the model's own.", 0.0, 1e6),
+    # a plan asks about all cells of its grid at once
     Spec("max_queries", 16384, "The FPT node's parameter of that name; more is asked in parts.",
-         64, 1000000),
+         math.prod(Search.cells), 1000000),
     Spec("timeout_s", 10.0, "The FPT node is given up when it has not answered for this long, s.",
          0.1, 3600.0),
     _FPT["depth_slop_ms"],

@@ -41,6 +41,8 @@ from fpt_ros.pokes import Size
 TIMELINE = "stamp"
 """Rerun's timeline: the stamp of the image that a message is about."""
 
+_TIMELESS = ("pokes", "camera_info", "fpt/markers")  # may come without a stamp
+
 TYPES: dict[str, tuple[type, ...]] = {
     "image": (Image, CompressedImage),
     "camera_info": (CameraInfo,),
@@ -103,7 +105,7 @@ class RerunLog:
     def __init__(self, recording: rr.RecordingStream) -> None:
         self._recording = recording
         self._latest_ns = 0
-        self._early: list[tuple[str, Any]] = []  # before the first stamp
+        self._early: dict[str, Any] = {}  # the latest by name, before the first stamp
         self._info: CameraInfo | None = None
         self._camera: tuple[Any, ...] = ()  # the one logged last
         self._size: Size | None = None
@@ -128,18 +130,20 @@ class RerunLog:
         """Show a message of the topic called ``name`` in TYPES.
 
         Raises:
-            ValueError: it cannot be read; the text says why.
+            ValueError: it cannot be read, or does not say of when it is; the text says why.
         """
         markers = getattr(msg, "markers", None)
         header = markers[0].header if markers else getattr(msg, "header", None)
         ns = stamp_ns(header) if header is not None else 0
+        if not ns and name not in _TIMELESS:
+            raise ValueError("its stamp is 0, expected the time of its image")
         self._latest_ns = ns or self._latest_ns
         if not self._latest_ns:
-            self._early.append((name, msg))
+            self._early[name] = msg
             return
         self._recording.set_time(TIMELINE, timestamp=np.datetime64(self._latest_ns, "ns"))
-        early, self._early = self._early, []
-        for which, what in (*early, (name, msg)):
+        early, self._early = self._early, {}
+        for which, what in (*early.items(), (name, msg)):
             self._handlers[which](what)
 
     def _log(self, entity: str, *what: Any, static: bool = False) -> None:

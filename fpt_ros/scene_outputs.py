@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from geometry_msgs.msg import Transform
 from numpy.typing import NDArray
+from rclpy.clock import JumpThreshold
 from rclpy.duration import Duration
 from rclpy.node import Node
 from rclpy.time import Time
@@ -81,12 +82,14 @@ class Frames:
         self._node, self._monitor = node, monitor
         self._buffer: Any = None
         self._listener: Any = None
+        self._jumps: Any = None
 
     def close(self) -> None:
         """Listen no more."""
         if self._listener is not None:
             self._listener.unregister()
-        self._buffer = self._listener = None
+            self._jumps.unregister()
+        self._buffer = self._listener = self._jumps = None
 
     def to(self, target: str, header: Header) -> Rigid | None:
         """From the frame of a header to ``target``, at its stamp; None, reported, without one."""
@@ -117,6 +120,12 @@ class Frames:
             return False
         self._buffer = Buffer()
         self._listener = TransformListener(self._buffer, self._node)
+        # a bag that begins again: tf2 refuses transforms that are older than those it has
+        backwards = JumpThreshold(min_forward=None, min_backward=Duration(nanoseconds=-1))
+        clear = self._buffer.clear
+        self._jumps = self._node.get_clock().create_jump_callback(
+            backwards, post_callback=lambda _: clear()
+        )
         return True
 
 

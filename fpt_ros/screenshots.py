@@ -60,7 +60,6 @@ def main() -> int:
     with (
         claim,
         tempfile.TemporaryDirectory(prefix="fpt_screenshots_") as folder,
-        Children() as nodes,
     ):
         logs = Path(folder)
         start = partial(Child, logs=logs)

@@ -147,6 +147,11 @@ def sample_flow(goal: SampleFlow.Goal, subject: Subject) -> Steps:
     """Joint samples; its feedback says how many queries are drawn."""
     samples = max(1, goal.samples)
     pokes, queries = subject.pokes(goal.pokes), subject.queries(goal.queries, times=samples)
+    if len(pokes) * samples > subject.limits.max_queries:  # each sample has its own copy of them
+        raise RequestError(
+            f"{len(pokes)} pokes times {samples} samples make {len(pokes) * samples}, expected at "
+            f"most {subject.limits.max_queries} (max_queries)"
+        )
     yield SampleFlow.Feedback(done=0, count=len(queries))
     drawing = sample_jointly(
         subject.predictor,

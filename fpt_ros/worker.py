@@ -174,7 +174,9 @@ class Worker:
         newest = self._current
         heard = any(publisher.get_subscription_count() for publisher, _ in self._outputs)
         due = bool(new or batch.woken)  # whether the newest is to be answered
-        if due and heard and newest is not None and self._is_fresh(newest, new):
+        # told before it is encoded, which may take longer than an image may be old
+        fresh = due and heard and newest is not None and self._is_fresh(newest, new)
+        if fresh and newest is not None:
             # before the requests: standing pokes that came with it are meant for it
             self._open(newest)
 
@@ -196,13 +198,14 @@ class Worker:
                     self._accept(request, held.named, held)
                     named.append(held)
                 else:
-                    self._jobs.append((request, self._steps(request, held)))
+                    self._begin_job(request, held)
             except RequestError as error:
                 self._refuse(request, error)
 
         if not heard:
             return
-        if due and newest is not None and newest not in named and self._is_fresh(newest):
+        fresh = fresh or (due and newest is not None and self._is_fresh(newest))
+        if fresh and newest is not None and newest not in named:
             named.append(newest)
         for held in named:
             if self._open(held):
@@ -286,13 +289,17 @@ class Worker:
         return fresh
 
     def _open(self, held: HeldImage) -> bool:
-        """Read and encode an image unless that was done; False, and reported once, if it fails."""
+        """Read and encode an image unless that was done; False, and reported, if it fails."""
         known = held.view is not None or held.error
         try:
             self._history.view(held, self._encode)
         except ImageError as error:
             if not known:
                 self._monitor.error("image", str(error))
+        except Exception as error:  # a device's failure: whatever else came is not lost by it
+            if not self._alive():
+                raise
+            self._internal(error)
         if held.view is not None and self._depths is not None:
             self._attach_depth(held)
         return held.view is not None
@@ -367,6 +374,13 @@ class Worker:
         if held is None and not (may_come and self._now_s() - request.arrived_s < IMAGE_WAIT_S):
             raise RequestError(why)
         return held
+
+    def _begin_job(self, request: Request, held: HeldImage) -> None:
+        if len(self._jobs) >= MAX_REQUESTS:
+            oldest = min(self._jobs, key=lambda job: job[0].arrived_s)
+            self._jobs = deque(job for job in self._jobs if job is not oldest)
+            self._refuse(oldest[0], _too_many())
+        self._jobs.append((request, self._steps(request, held)))
 
     def _wait(self, request: Request) -> None:
         self._waiting.append(request)

@@ -30,6 +30,10 @@ def nodes(context: LaunchContext) -> list[Node]:
         for spec in PARAMETERS
         if LaunchConfiguration(spec.name).perform(context)
     }
+    # the level is that of a logger, which is named as the node, with dots
+    namespace = LaunchConfiguration("namespace").perform(context).strip("/").replace("/", ".")
+    prefix = f"{namespace}." if namespace else ""
+    level = LaunchConfiguration("log_level").perform(context)
     common = {
         "package": "fpt_ros",
         "namespace": LaunchConfiguration("namespace"),
@@ -43,7 +47,7 @@ def nodes(context: LaunchContext) -> list[Node]:
             name="fpt",
             parameters=[LaunchConfiguration("params_file"), given],
             remappings=[("image", LaunchConfiguration("image")), *camera],
-            arguments=["--ros-args", "--log-level", ["fpt:=", LaunchConfiguration("log_level")]],
+            arguments=["--ros-args", "--log-level", f"{prefix}fpt:={level}"],
             **common,
         ),
         Node(
@@ -55,6 +59,7 @@ def nodes(context: LaunchContext) -> list[Node]:
                 {name: value for name, value in given.items() if name in SHARED},
             ],
             remappings=camera,
+            arguments=["--ros-args", "--log-level", f"{prefix}poke_planner:={level}"],
             **common,
         ),
     ]
@@ -101,7 +106,7 @@ def generate_launch_description() -> LaunchDescription:
                 "log_level",
                 default_value="info",
                 choices=["debug", "info", "warn", "error", "fatal"],
-                description="Least severity of messages that the node logs.",
+                description="Least severity of messages that the nodes log.",
             ),
             # camera images fit into shared memory; a profile that is already set stays
             *(

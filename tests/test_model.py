@@ -204,6 +204,11 @@ class TestMixture:
         pairs = apart_p.component_kl(apart_q)[:, range(4), range(4)]
         expected = (p.weights * (pairs + p.log_weights - q.log_weights)).sum(-1)
         assert_close(apart_p.kl(apart_q), expected, 1e-9)
+        with np.errstate(divide="ignore"):  # a component that underflowed
+            log_weights = np.log(np.eye(4)[np.zeros(6, int)])
+        one = FlowMixture(log_weights, p.means, p.scale_tril)
+        assert_close(one.kl(q), (p.component_kl(q)[:, 0] - q.log_weights).min(-1), 1e-9)
+        assert_close(one.kl(one), np.zeros(6), 1e-9)
 
     def test_modes_are_sorted_and_scaling_is_linear(self) -> None:
         mix = random_mixture()

@@ -3,7 +3,11 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 from queue import Queue
 from typing import Any
 
@@ -35,7 +39,7 @@ from fpt_ros.images import (
     image_to_array,
     image_to_rgb,
 )
-from fpt_ros.inbox import Request
+from fpt_ros.inbox import MAX_REQUESTS, Batch, Request
 from fpt_ros.inference_node import FptNode
 from fpt_ros.messages import (
     distribution_from_msg,
@@ -231,9 +235,10 @@ def header(sec: int) -> Header:
     return result
 
 
-@pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    model = save_small_model(tmp_path_factory.mktemp("model") / "fpt-test.safetensors")
+@contextmanager
+def configured(folder: Path) -> Iterator[FptNode]:
+    """A node that is not active yet, and a subscriber of its outputs."""
+    model = save_small_model(folder / "fpt-test.safetensors")
     domain, claim = claim_domain_id()
     context = rclpy.Context()
     rclpy.init(context=context, domain_id=domain)
@@ -253,19 +258,32 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     listener = rclpy.create_node("listener", context=context)
     with claim:
         assert node.trigger_configure() == TransitionCallbackReturn.SUCCESS
-        assert node.trigger_activate() == TransitionCallbackReturn.SUCCESS
         for name in ("flow", "flow_color", "mask", "influence", "overlay"):
             listener.create_subscription(Image, f"/fpt/{name}", print, 1)
         listener.create_subscription(FlowDistribution, "/fpt/distribution", print, 1)
         listener.create_subscription(MarkerArray, "/fpt/markers", print, 1)
         wait_until(lambda: all(p.get_subscription_count() for p, _ in node._outputs))
+        yield node
+        node.destroy_node()
+        listener.destroy_node()
+        rclpy.shutdown(context=context)
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    with configured(tmp_path_factory.mktemp("model")) as node:
+        assert node.trigger_activate() == TransitionCallbackReturn.SUCCESS
         running = Running(node)
         yield running
         running.check()
         assert node._monitor._counts["answers"] > 100
-        node.destroy_node()
-        listener.destroy_node()
-        rclpy.shutdown(context=context)
+
+
+@pytest.fixture
+def idle(tmp_path: Path) -> Iterator[FptNode]:
+    """A node whose worker has no thread: what is put in is processed when a test says so."""
+    with configured(tmp_path) as node:
+        yield node
 
 
 def floats_of(answer: Any) -> Iterator[np.ndarray]:
@@ -337,3 +355,77 @@ def test_each_request_is_answered_or_refused(
     assert "internal error" not in str(answer)
     assert all(np.isfinite(values).all() for values in floats_of(answer))
     running.check()
+
+
+# --- the worker, step by step --------------------------------------------------------------------
+
+
+def black(head: Header) -> Image:
+    return array_to_image(np.zeros((HEIGHT, WIDTH, 3), np.uint8), "rgb8", head)
+
+
+def test_an_image_that_came_young_is_answered_however_long_its_encoding_takes(
+    idle: FptNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    idle.set_parameters([Parameter("max_age_ms", value=1000.0)])
+    worker, predictor = idle._worker, idle._predictor
+    assert worker is not None
+    assert predictor is not None
+    encode = predictor.encode
+
+    def slowly(pixels: np.ndarray) -> Any:
+        time.sleep(1.2)
+        return encode(pixels)
+
+    monkeypatch.setattr(predictor, "encode", slowly)
+    now = Header(stamp=idle.get_clock().now().to_msg(), frame_id="camera")
+    worker.process(Batch([black(now)], 0, [], woken=False))
+    assert idle._monitor.counts["answers"] == 1
+    worker.process(Batch([], 0, [], woken=True))  # by now it is too old
+    assert idle._monitor.counts["answers"] == 1
+
+
+def test_a_failure_inside_loses_no_request(idle: FptNode, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker, predictor = idle._worker, idle._predictor
+    assert worker is not None
+    assert predictor is not None
+    encode, failures = predictor.encode, ["out of memory"]
+
+    def failing(pixels: np.ndarray) -> Any:
+        if failures:
+            raise RuntimeError(failures.pop())
+        return encode(pixels)
+
+    monkeypatch.setattr(predictor, "encode", failing)
+    answers: list[Any] = []
+    asked = Request("predict_flow", PredictFlow.Request(header=header(1)), done=answers.append)
+    poke = PokeArray(pokes=[Poke(x=3.0, y=4.0, dx=2.0, dy=0.0)])
+    worker.process(Batch([black(header(1))], 0, [Request("pokes", poke), asked], woken=False))
+    assert "RuntimeError: out of memory" in idle._monitor._last_error
+    assert idle._monitor.counts["answers"] == 1, "with the poke that came with the image"
+    worker.work_off(time.monotonic() + 60)
+    (answer,) = answers
+    assert isinstance(answer, PredictFlow.Response), answer
+
+
+def test_of_too_many_requests_the_oldest_are_refused(idle: FptNode) -> None:
+    worker = idle._worker
+    assert worker is not None
+    answers: dict[int, Any] = {}
+    for first in (0, 40):
+        requests = [
+            Request(
+                "predict_flow",
+                PredictFlow.Request(header=header(1)),
+                done=partial(answers.__setitem__, number),
+                arrived_s=time.monotonic(),
+            )
+            for number in range(first, first + 40)
+        ]
+        images = [] if first else [black(header(1))]
+        worker.process(Batch(images, 0, requests, woken=False))
+    assert sorted(answers) == list(range(80 - MAX_REQUESTS))
+    assert all("more than 64 requests wait" in str(error) for error in answers.values())
+    worker.work_off(time.monotonic() + 60)
+    assert len(answers) == 80
+    assert isinstance(answers[79], PredictFlow.Response)

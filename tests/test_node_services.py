@@ -433,6 +433,10 @@ def test_a_wrong_goal_is_aborted_with_the_reason(user: User) -> None:
     for fields, words in (
         ({"pokes": [OUTSIDE]}, "poke 0 of 1 at x=64"),
         ({"samples": 500, "queries": flat([1, 2])}, "1 queries times 500 make 500"),
+        (
+            {"samples": 300, "queries": flat([1, 2]), "pokes": [Poke(x=1.0, y=2.0)] * 2},
+            "2 pokes times 300 samples make 600, expected at most 400",
+        ),
     ):
         result = wait_for_result(send_goal(user, [], **fields))
         assert result.status == GoalStatus.STATUS_ABORTED

@@ -341,6 +341,18 @@ def test_senseless_goals_are_refused(values: dict[str, np.ndarray], words: str) 
         follow(plan(Goal(**{**goal, **values}), SIZE, SEARCH), drawer)
 
 
+@pytest.mark.parametrize(
+    ("disc", "words"),
+    [
+        ([1.0, 2.0, float("nan")], "keep_out must be finite, received .*nan"),
+        ([1.0, 2.0, -3.0], "radii of keep_out must be > 0 px, received .*-3"),
+    ],
+)
+def test_senseless_discs_are_refused_for_exploring_too(disc: list[float], words: str) -> None:
+    with pytest.raises(RequestError, match=words):
+        follow(explore(SIZE, SEARCH, 2.0, np.array([disc])), drawer)
+
+
 def test_default_tolerances() -> None:
     assert default_tolerance(np.array([30.0, 40.0]), (480, 640)) == pytest.approx(15)
     assert default_tolerance(None, (480, 640)) == pytest.approx(12.8)

@@ -231,6 +231,9 @@ def test_videos_that_cannot_be_tracked_are_named(
         write_clips(grey, tmp_path / "grey-000000.tar")
     assert "left out 1 clips" in caplog.text
     assert not list(tmp_path.glob("grey-*"))
+    with pytest.raises(SystemExit, match=r"1 of 2 videos failed:\nno clip of .*grey.avi"):
+        tracks.main([str(grey), str(video), "--out", str(tmp_path), "--split", "two"])
+    assert [file.name for file in tmp_path.glob("two-*")] == ["two-000001.tar"]
 
 
 def test_clips_are_evaluated_by_a_suite_of_ones_own(

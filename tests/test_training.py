@@ -408,6 +408,25 @@ def test_another_configuration_does_not_resume(data: Path, run: Path) -> None:
         train.Trainer(RunConfig.from_dict(values), data, run)
 
 
+def test_a_run_does_not_go_on_with_other_data(data: Path, run: Path, tmp_path: Path) -> None:
+    """The order of the images depends on their number."""
+    for file in data.glob("val-*"):
+        shutil.copy(file, tmp_path)
+        for number in (0, 1):
+            shutil.copy(file, tmp_path / file.name.replace("val-", f"train-{number}"))
+    with pytest.raises(ValueError, match="started with 12 training images, received 24"):
+        train.Trainer(CONFIG, tmp_path, run)
+
+
+def test_numbers_that_yaml_takes_for_words(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("optim: {learning_rate: 1e-3, steps: 3e2, decay_steps: 2e1}")
+    config = RunConfig.load(file, ["data.near_futures=1e-2"])
+    assert (config.optim.learning_rate, config.optim.steps) == (1e-3, 300)
+    assert (config.optim.decay_steps, config.data.near_futures) == (20, 1e-2)
+    assert isinstance(config.optim.steps, int)
+
+
 def test_batch_statistics_need_a_pretrained_encoder(data: Path, tmp_path: Path) -> None:
     values = RunConfig.load("training/configs/tiny.yaml").to_dict()
     values["optim"] |= {"pretrained_encoder": False}
@@ -461,6 +480,7 @@ def test_another_number_of_components_gets_a_new_last_layer(run: Path) -> None:
         ({"depth": 1}, "layers.1.* which the run's model has not"),
         ({"width": 64}, "has shape"),
         ({"position_bands": 2}, "position_bands = 0, the run's model 2"),
+        ({"flow_prescale": 0.7}, "flow_prescale = 0.5, the run's model 0.7"),
     ],
 )
 def test_misfits_to_start_from_are_named(run: Path, change: dict, message: str) -> None:
@@ -519,6 +539,9 @@ def test_only_chosen_stages_are_trained() -> None:
         ({"data": {"moving_camera": 1.5}}, "moving_camera must be in .* received 1.5"),
         ({"data": {"near_futures": 0}}, "near_futures must be > 0, received 0"),
         ({"optim": {"precision": "fp8"}}, "fp8"),
+        ({"optim": {"learning_rate": "fast"}}, "learning_rate must be a number .* received 'fast'"),
+        ({"optim": {"steps": "1.5e0"}}, "steps must be a number .* received '1.5e0'"),
+        ({"optim": {"validate_every": 0}}, "validate_every must be >= 1, received 0"),
     ],
 )
 def test_configuration_errors(values: dict, message: str) -> None:

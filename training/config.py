@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,9 @@ class OptimConfig:
             raise ValueError(f'precision must be "fp32" or "bf16", received {self.precision!r}')
         if self.optimiser not in ("adamw", "muon"):
             raise ValueError(f'optimiser must be "adamw" or "muon", received {self.optimiser!r}')
+        for name in ("batch_size", "checkpoint_every", "validate_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be >= 1, received {getattr(self, name)}")
         if self.pretrained_encoder and self.start_from:
             raise ValueError(
                 "pretrained_encoder and start_from exclude each other, received "
@@ -210,4 +214,21 @@ def _section(cls: type, values: dict[str, Any]) -> Any:
     unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)})
     if unknown:
         raise ValueError(f"unknown keys {unknown} for {cls.__name__}")
+    for f in dataclasses.fields(cls):
+        value = values.get(f.name)
+        # YAML takes 1e-3 for a word: only 1.0e-3 is a number
+        if isinstance(value, str) and re.search(r"\b(int|float)\b", str(f.type)):
+            values = {**values, f.name: _number(f"{cls.__name__}.{f.name}", value, str(f.type))}
     return cls(**values)
+
+
+def _number(name: str, text: str, kind: str) -> int | float:
+    try:
+        number = float(text)
+        if "float" in kind:
+            return number
+        if number == round(number):
+            return round(number)
+    except (ValueError, OverflowError):
+        pass
+    raise ValueError(f"{name} must be a number ({kind}), received {text!r}")

@@ -302,7 +302,7 @@ def make_example(
         on_moving = config.poke_on_moving if informed else 0.0
         moving = pixels[moves[future][bodies]]
         pokes = pick(count, moving, pixels, on_moving, rng)
-        if informed and len(moving) and rng.random() < config.first_poke_largest:
+        if informed and count and len(moving) and rng.random() < config.first_poke_largest:
             candidates = rng.choice(moving, _CANDIDATES)
             motion = sample.flow_at(int(future), points(candidates)).flow
             pokes[0] = candidates[np.linalg.norm(motion, axis=-1).argmax()]

@@ -22,6 +22,7 @@ import io
 import json
 import logging
 import os
+import sys
 import tarfile
 import tempfile
 from collections.abc import Iterator
@@ -426,10 +427,17 @@ def main(argv: list[str] | None = None) -> None:
     if min(args.seconds, args.every) <= 0 or args.grid < 1:
         parser.error("--seconds, --every and --grid must be positive")
     args.out.mkdir(parents=True, exist_ok=True)
+    failed = []
     for number, video in enumerate(args.videos):
         shard = args.out / f"{args.split}-{number:06d}.tar"
-        clips = write_clips(video, shard, args.seconds, args.every, args.grid, given)
-        print(f"{shard}: {clips} clips of {video.name}")
+        try:
+            clips = write_clips(video, shard, args.seconds, args.every, args.grid, given)
+        except (OSError, ValueError) as error:  # the other videos may do
+            failed.append(str(error))
+        else:
+            print(f"{shard}: {clips} clips of {video.name}")
+    if failed:
+        sys.exit(f"{len(failed)} of {len(args.videos)} videos failed:\n" + "\n".join(failed))
 
 
 if __name__ == "__main__":

@@ -96,19 +96,21 @@ def start_from(model: FlowPokeTransformer, name: str) -> None:
     as it was initialised. ValueError names what else differs.
     """
     start = load_model(name)
-    bands = start.config.position_bands, model.config.position_bands
-    if bands[0] != bands[1]:  # these inputs stand before others
-        raise ValueError(f"{name} has position_bands = {bands[0]}, the run's model {bands[1]}")
+    # position bands are inputs that stand before others; the rest says what the weights mean
+    for field in ("position_bands", "head", "flow_prescale", "sample_align_corners"):
+        its, own = getattr(start.config, field), getattr(model.config, field)
+        if its != own:
+            raise ValueError(f"{name} has {field} = {its!r}, the run's model {own!r}")
     lift = (start.config.flow_dim, model.config.flow_dim) == (2, 3)
     source = dict(lifted_state(start) if lift else start.state_dict())
     if start.config.components != model.config.components:
         last = f"head.{len(model.head) - 1}."
         source = {key: value for key, value in source.items() if not key.startswith(last)}
-    own = model.state_dict()
-    if missing := sorted(set(source) - set(own)):
+    tensors = model.state_dict()
+    if missing := sorted(set(source) - set(tensors)):
         raise ValueError(f"{name} has the tensor {missing[0]!r}, which the run's model has not")
     for key, value in source.items():
-        target = own[key]
+        target = tensors[key]
         if target.shape != value.shape:
             wider = target.ndim == 2 and len(target) == len(value)
             if not wider or target.shape[1] < value.shape[1]:
@@ -119,7 +121,7 @@ def start_from(model: FlowPokeTransformer, name: str) -> None:
             target.zero_()
             target = target[:, : value.shape[1]]
         target.copy_(value)
-    new = sorted(set(own) - set(source))
+    new = sorted(set(tensors) - set(source))
     log.info("started from %s; %d new tensors %s", name, len(new), new[:5])
 
 
@@ -223,6 +225,12 @@ class Trainer:
         self.validation = Validation(open_shards(data, "val"), config, self.fabric)
         if self.checkpoint.is_file():
             self._resume()
+        steps = self.fabric.all_gather(torch.tensor(self.step)).flatten().tolist()  # type: ignore[union-attr]
+        if len(set(steps)) > 1:
+            raise ValueError(
+                f"the processes would go on from different steps, {steps}: all must see the same "
+                f"folder {out}"
+            )
         self.fabric.barrier()  # nobody reads the configuration while it is written
         if self.fabric.is_global_zero:
             out.mkdir(parents=True, exist_ok=True)
@@ -252,12 +260,19 @@ class Trainer:
             "average": self.average.state_dict(),
             "optimisers": [o.state_dict() for o in self.optimisers],
             "step": self.step,
+            "images": len(self.train_shards),
             "cpu_seconds": self.cpu_seconds,
         }
 
     def _resume(self) -> None:
         check_same_run(RunConfig.load(self.config_file), self.config)
         state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+        images = len(self.train_shards)
+        if (before := state.get("images", images)) != images:  # their order would be another
+            raise ValueError(
+                f"the run was started with {before} training images, received {images}: give the "
+                "same data, or begin another run by optim.start_from"
+            )
         self.learner.load_state_dict(state["learner"])
         self.average.load_state_dict(state["average"])
         for optimiser, its in zip(self.optimisers, state["optimisers"], strict=True):

@@ -85,12 +85,17 @@ def evaluate(
         if scenes:
             chosen = dataclasses.replace(chosen, scenes=scenes)
         folder = out or Path("evaluation") / chosen.name
+        if save_threshold and resolve_model(model).suffix != ".safetensors":
+            raise UserError(
+                f"--save-threshold needs a .safetensors model, received {str(model)!r}; "
+                "fpt convert makes one"
+            )
         figures = run.run(
             chosen, model, data, folder, single_gaussian, precision, seed, graphs, planar_model
         )
         if save_threshold:
             run.save_threshold(resolve_model(model), figures["thresholds"]["kl_matched"])
-    except (BackendError, CheckpointError, EvaluationError, OSError) as error:
+    except (BackendError, CheckpointError, EvaluationError, OSError, ValueError) as error:
         raise UserError(str(error)) from error
     print((folder / "figures.md").read_text())
     print(f"wrote {folder}")

@@ -18,7 +18,13 @@ from fpt_model.visualize import RGBImage, draw_overlay, side_by_side
 from sim.dataset import Settings, StoredSample, replay
 from training.data import Shards
 from training.evaluation.figures import Figures, Rows, bootstrap_interval
-from training.evaluation.measure import RADII, Row, end_point_error, intersection_over_union
+from training.evaluation.measure import (
+    PLACES,
+    RADII,
+    Row,
+    end_point_error,
+    intersection_over_union,
+)
 from training.evaluation.report import in_two_columns
 from training.evaluation.scenes import FloatArray, Mask, Scene, simulated_scenes
 from training.evaluation.suite import EvaluationError, Suite
@@ -26,7 +32,6 @@ from training.evaluation.suite import EvaluationError, Suite
 MIN_HIDDEN = 50  # px; scenes in which less is hidden afterwards do not count for its IoU
 NEARER = 0.01  # relative depth; what is nearer by less is the same surface
 MIN_SIGNED = 0.01  # relative depth; points that truly move less in depth have no sign
-PLACES = ("largest", "random")
 POKED = ("solid", "planar")  # whether the poke tells its motion in depth
 MODEL = ("mean", "median")
 BASELINES = ("no_motion", "no_depth", "copy")
