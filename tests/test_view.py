@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import rerun
 import rerun.chunk
 from node_harness import Process, save_small_model, wait_until
 from node_user import NO_POKES, POKE, QUERIES, User, picture, running_node
@@ -27,7 +28,7 @@ from fpt_ros.images import array_to_image, flat_array
 from fpt_ros.markers import Markers, Plane
 from fpt_ros.messages import distribution_to_msg, pokes_to_msg
 from fpt_ros.pipeline import Answer, Settings, View
-from fpt_ros.rerun_view import TIMELINE, read_points
+from fpt_ros.rerun_view import TIMELINE, RerunLog, read_points
 
 HALF_PX = 0.5  # from the centre of a pixel, which is ours, to its corner, which is Rerun's
 
@@ -255,6 +256,14 @@ def test_a_users_mistake_is_one_line_and_exit_2(
     assert (code, stdout, stderr.count("\n")) == (2, "", 1)
     for word in ("fpt: error: ", *words):
         assert word in stderr
+
+
+def test_images_without_a_stamp_are_refused() -> None:
+    log = RerunLog(rerun.RecordingStream("test"))
+    log.log("pokes", pokes_to_msg(POKE, Header()))  # which stands, and waits for an image
+    with pytest.raises(ValueError, match="its stamp is 0"):
+        log.log("image", array_to_image(np.zeros((4, 6, 3), np.uint8), "rgb8", Header()))
+    log.log("image", array_to_image(np.zeros((4, 6, 3), np.uint8), "rgb8", header(0.0)))
 
 
 def test_points_that_do_not_fit_are_refused() -> None:
