@@ -99,7 +99,9 @@ def probability_mass(mixture: FlowMixture, motion: FloatArray, rng: np.random.Ge
     are drawn from the mixture themselves.
     """
     denser = mixture.log_prob(mixture.sample(_DRAWS, rng)) > mixture.log_prob(motion)
-    return (denser.sum(0) + 0.5) / (_DRAWS + 1)
+    rank = denser.sum(0)
+    # anywhere between two draws: halfway would leave steps that do not fall on the bins' edges
+    return (rank + rng.random(rank.shape)) / (_DRAWS + 1)
 
 
 def _moments(x: FloatArray, y: FloatArray) -> FloatArray:

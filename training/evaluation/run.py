@@ -301,6 +301,8 @@ def run(
             "a planar model is measured beside a three-dimensional one: expected flow_dim 2 and 3, "
             f"received {planar.config.flow_dim} and {predictor.config.flow_dim}"
         )
+    # of what is evaluated, though a run that still trains may replace the file meanwhile
+    origin = {"model_sha256": sha256(resolve_model(model)), "commit": code_version()}
     evaluation = Evaluation(suite, data, seed, planar)
     out.mkdir(parents=True, exist_ok=True)
     thresholds, splits = evaluation.figures(predictor, out)
@@ -308,12 +310,11 @@ def run(
         "suite": suite.name,
         "title": suite.title,
         "model": model,
-        "model_sha256": sha256(resolve_model(model)),
         "single_gaussian": single_gaussian,
         "planar_model": planar_model,
         "backend": predictor.backend,
         "precision": predictor.precision,
-        "commit": code_version(),
+        **origin,
         "seed": seed,
         "grid": suite.grid,
         "intervals_over": suite.intervals_over,
