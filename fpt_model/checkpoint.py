@@ -137,6 +137,9 @@ def _load_safetensors(path: Path, dtype: torch.dtype) -> FlowPokeTransformer:
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{path} has an unusable configuration: {error}") from error
     made = {name: partial(state.__getitem__, name) for name in state}
+    # before as many layers are built as it says
+    if config.depth > len(made):
+        raise CheckpointError(f"{path} has depth {config.depth}, but only {len(made)} tensors")
     return _build(config, made, str(path), dtype=dtype)
 
 
@@ -322,8 +325,8 @@ def _build(
     try:
         with _parameters_without_memory():
             model = FlowPokeTransformer(config)
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{origin}: cannot build {config.encoder!r}: {error}") from error
+    except Exception as error:  # timm's, of whatever the configuration says, are of many types
+        raise CheckpointError(f"{origin}: cannot build {config.encoder!r}: {error!r}") from error
     expected, types, own = model.state_dict(), weight_types(model, dtype), {}
     for key, tensor in expected.items():
         name = f"{origin}: tensor {name_of(key)!r}"

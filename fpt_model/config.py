@@ -85,6 +85,8 @@ class FPTConfig:
         for name in ("min_std", "horizon_s", "kl_threshold", "flow_prescale"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be > 0, received {getattr(self, name)!r}")
+        if not isinstance(self.encoder_kwargs, dict):
+            raise ValueError(f"encoder_kwargs must be a dict, received {self.encoder_kwargs!r}")
         # a checkpoint's configuration is untrusted and reaches timm.create_model
         forbidden = sorted(_FORBIDDEN_ENCODER_KWARGS & self.encoder_kwargs.keys())
         if ":" in self.encoder or forbidden:
@@ -135,7 +137,7 @@ class FPTConfig:
         ``width``, ``depth``, ``d_head``, ``ff_expand``, ``n_components``, ``flow_dim``,
         ``flow_prescale``, ``image_size`` and, of its DINOv2 (patches of 14 px, 4 registers),
         ``dino: {embed_dim, depth, num_heads}``; other keys are not read. ValueError names a
-        missing one.
+        missing one. The licence is that of the published weights.
         """
         try:
             dino = values["dino"]
@@ -153,6 +155,7 @@ class FPTConfig:
                 head=FPT_BASE.head,
                 flow_dim=values["flow_dim"],
                 components=values["n_components"],
+                licence=FPT_BASE.licence,
             )
         except KeyError as error:
             raise ValueError(

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
+import shlex
+import shutil
 from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any, Protocol
@@ -87,6 +90,19 @@ class Engine(Protocol):
         """
 
 
+def open_device(name: str) -> torch.device:
+    """The device that torch calls so; BackendError if it is not there, ValueError for no name."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device must be one of torch's, received {name!r}: {error}") from error
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise BackendError(f"the device {name!r} cannot be used: {error}") from error
+    return device
+
+
 class TorchEngine:
     """PyTorch. Pokes are run once: a context holds their keys and values."""
 
@@ -100,9 +116,10 @@ class TorchEngine:
         compile: bool = False,
         in_place: bool = False,
     ) -> None:
-        self._device = torch.device(device)
+        self._device = open_device(device)
         self.device, self._dtype = str(self._device), PRECISIONS[precision]
         self.model = prepare(model, self._device, self._dtype, in_place)
+        compile = compile and (self._device.type != "cpu" or _can_compile())
         few = try_few_tokens(self.model) if compile and self._device.type == "cpu" else None
         if precision == "bf16" and self._device.type == "cpu" and can_pack():
             pack(self.model, () if few is None else few.weights)
@@ -252,6 +269,15 @@ def try_few_tokens(model: FlowPokeTransformer) -> FewTokens | None:
     except (BuildError, ValueError) as error:
         _log.warning("few tokens are run by torch.compile's code, not by our own: %s", error)
         return None
+
+
+def _can_compile() -> bool:
+    """Whether there is a C++ compiler, without which torch.compile fails when a layer is run."""
+    compiler = shlex.split(os.environ.get("CXX") or "g++")[0]
+    if shutil.which(compiler) is None:
+        _log.warning("nothing is compiled: the C++ compiler %r is not there", compiler)
+        return False
+    return True
 
 
 def compile_layers(model: FlowPokeTransformer) -> None:

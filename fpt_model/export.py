@@ -101,6 +101,8 @@ def export(
     import onnx  # noqa: F401  # torch's exporter needs both; say so before the work
     import onnxscript  # noqa: F401
 
+    if "int8" in precisions:
+        import onnxruntime  # noqa: F401
     unknown = [p for p in precisions if p not in PRECISIONS]
     if unknown or not precisions:
         raise ValueError(
@@ -113,16 +115,17 @@ def export(
             f"received {size}"
         )
     out.mkdir(parents=True, exist_ok=True)
-    ours = {MANIFEST, tensorrt.FOLDER}
-    foreign = sorted(p.name for p in out.iterdir() if p.name not in ours and p.suffix != ".onnx")
+    graph_files = {f"{half}.{precision}.onnx" for half in HALVES for precision in PRECISIONS}
+    ours = {MANIFEST, tensorrt.FOLDER, *graph_files}
+    foreign = sorted(p.name for p in out.iterdir() if p.name not in ours)
     if foreign:
         raise ValueError(
             f"expected an empty folder or an earlier export, {str(out)!r} holds {foreign[0]!r}"
         )
     (out / MANIFEST).unlink(missing_ok=True)  # while graphs and manifest do not belong together
     shutil.rmtree(out / tensorrt.FOLDER, ignore_errors=True)
-    for old in out.glob("*.onnx"):
-        old.unlink()
+    for name in graph_files:
+        (out / name).unlink(missing_ok=True)
 
     graphs: dict[str, dict[Half, Graph]] = {}
     for precision in sorted(set(precisions), key=PRECISIONS.index):

@@ -44,7 +44,8 @@ class BuildError(RuntimeError):
 
 def cache_folder() -> Path:
     """Where built code is kept: ``fpt_model`` in the user's cache folder (XDG)."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fpt_model"
+    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (given if given.is_absolute() else Path.home() / ".cache") / "fpt_model"
 
 
 def _build(folder: Path, compiler: str, defines: Sequence[str], openmp: Sequence[str]) -> Path:
@@ -88,7 +89,9 @@ def _library(head_dim: int, dtype: torch.dtype) -> Any:
     """The function ``run_layers`` for heads and weights of one kind; BuildError."""
     compiler = os.environ.get("CXX") or "g++"
     # the OpenMP that torch has loaded: threads of a second one would compete with its threads
-    bundled = sorted(Path(torch.__file__).with_name("lib").glob("libgomp*.so*"))
+    package = Path(torch.__file__).parent  # wheels of x86-64 and of Arm
+    places = (package / "lib", package.with_name("torch.libs"))
+    bundled = sorted(file for place in places for file in place.glob("libgomp*.so*"))
     openmp = [str(bundled[0])] if bundled else ["-lgomp"]
     defines = [f"-DHEAD_DIM={head_dim}", f"-DWEIGHT={_TYPES[dtype]}"]
     defines.append(f"-DMOST_TOKENS={MOST_TOKENS}")
@@ -105,14 +108,22 @@ def _kept(name: str, compiler: str, defines: Sequence[str], openmp: Sequence[str
     """Out of the cache; built if it is not there, or is damaged."""
     folder = cache_folder()
     with suppress(OSError):
-        return _loaded(folder / name)
-    with suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
-    kept = os.access(folder, os.W_OK) and folder.is_dir()
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    own = folder.is_dir() and _is_own(folder)
+    if own:
+        with suppress(OSError, AttributeError):
+            return _loaded(folder / name)
+    kept = own and os.access(folder, os.W_OK)
     # otherwise it is built in each process, where nobody else can put anything
     with tempfile.TemporaryDirectory(dir=folder if kept else None) as private:
         built = _build(Path(private), compiler, defines, openmp)
         return _loaded(built.replace(folder / name) if kept else built)
+
+
+def _is_own(folder: Path) -> bool:
+    """Whether it is this user's or root's, and not everybody can put code there."""
+    status = folder.stat()
+    return status.st_uid in (0, os.geteuid()) and not status.st_mode & 0o002
 
 
 class FewTokens:

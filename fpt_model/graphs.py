@@ -36,6 +36,7 @@ POKE_BUCKETS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256)
 QUERY_BUCKETS = (1, 4, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 
 MANIFEST = "manifest.json"
+_LARGEST_BUCKET = 1 << 16
 FORMAT = 1  # of the manifest and the graphs' inputs and outputs
 
 
@@ -109,11 +110,21 @@ class Manifest:
             if content.pop("format") != FORMAT:
                 raise ValueError(f"expected format {FORMAT}")
             for name in ("batch_buckets", "poke_buckets", "query_buckets"):
-                content[name] = tuple(content[name])
+                content[name] = buckets = tuple(content[name])
+                whole = all(isinstance(b, int) and 0 < b <= _LARGEST_BUCKET for b in buckets)
+                if not (buckets and whole and list(buckets) == sorted(set(buckets))):
+                    raise ValueError(
+                        f"{name} must be growing numbers from 1 to {_LARGEST_BUCKET}, received "
+                        f"{buckets}"
+                    )
             content["graphs"] = {
                 precision: {half: Graph(**halves[half]) for half in HALVES}
                 for precision, halves in content["graphs"].items()
             }
+            for halves in content["graphs"].values():
+                for graph in halves.values():
+                    if Path(graph.file).name != graph.file:
+                        raise ValueError(f"expected graphs in its folder, received {graph.file!r}")
             return cls(folder=path.parent, **content)
         except OSError as error:
             raise BackendError(f"no exported graphs in {str(folder)!r} ({how}): {error}") from error

@@ -255,9 +255,10 @@ class FlowPredictor:
     ) -> NDArray[np.float32]:
         """Flow ``[h, w, D]`` at the cell centres of an ``(h, w)`` grid over the whole image.
 
-        ``reduce`` is the mixture's mean, its median (the least expected error), the mean of its
-        most probable component ("mode"), or an independent draw for each cell with ``seed``
-        ("sample"; :meth:`sample_dense` draws coherent ones).
+        ``reduce`` is the mixture's mean, its median (the least expected error, as fractions of
+        the image's width and height; the node takes it in px), the mean of its most probable
+        component ("mode"), or an independent draw for each cell with ``seed`` ("sample";
+        :meth:`sample_dense` draws coherent ones).
         """
         mixture = self.predict(scene, poke_pos, poke_flow, grid(size), camera_static)
         if reduce == "sample":

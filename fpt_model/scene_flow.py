@@ -49,7 +49,7 @@ def displacement(xy: ArrayLike, depth: ArrayLike, motion: ArrayLike, camera: Int
 def image_motion(xy: ArrayLike, depth: ArrayLike, flow: ArrayLike, camera: Intrinsics) -> Array:
     """The inverse of :func:`displacement`: scene flow ``[..., 3]`` (m) to du, dv (px) and r.
 
-    NaN for what ends behind the camera.
+    du and dv are NaN for what ends behind the camera, where r is -1 or less.
     """
     xy, z, f = (np.asarray(a, np.float64) for a in (xy, depth, flow))
     after = camera.unproject(xy, z) + f

@@ -298,7 +298,7 @@ def test_probability_mass_of_draws_is_uniform() -> None:
     mass = probability_mass(mixture, mixture.sample(1, rng)[0], rng)
     assert np.quantile(mass, [0.1, 0.5, 0.9]) == pytest.approx([0.1, 0.5, 0.9], abs=0.03)
     far = np.full((4000, 2), 50.0)
-    assert probability_mass(mixture, far, rng).min() > 0.99
+    assert probability_mass(mixture, far, rng).min() > 0.98
 
 
 # --------------------------------------------------------------------------------- the whole

@@ -146,6 +146,10 @@ def test_a_folder_of_other_things_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(ValueError, match=r"holds 'thesis.tex'"):
         export(seeded(SMALL_3D), tmp_path)
+    (tmp_path / "thesis.tex").rename(tmp_path / "yolo.onnx")
+    with pytest.raises(ValueError, match=r"holds 'yolo.onnx'"):
+        export(seeded(SMALL_3D), tmp_path)
+    assert (tmp_path / "yolo.onnx").read_text() == "years of work"
     with pytest.raises(ValueError, match=r"precisions must be of .*received \['fp8'\]"):
         export(seeded(SMALL_3D), tmp_path / "new", ["fp8"])
     assert not (tmp_path / "new").exists()
@@ -265,10 +269,23 @@ def remove_graph(folder: Path) -> None:
     (folder / "encoder.fp32.onnx").unlink()
 
 
-def change_model(folder: Path) -> None:
+def change_manifest(folder: Path, **values: Any) -> None:
     content = json.loads((folder / "manifest.json").read_text())
-    content["model_sha256"] = "0" * 64
-    (folder / "manifest.json").write_text(json.dumps(content))
+    (folder / "manifest.json").write_text(json.dumps(content | values))
+
+
+def change_model(folder: Path) -> None:
+    change_manifest(folder, model_sha256="0" * 64)
+
+
+def empty_buckets(folder: Path) -> None:
+    change_manifest(folder, query_buckets=[])
+
+
+def leave_the_folder(folder: Path) -> None:
+    graphs = json.loads((folder / "manifest.json").read_text())["graphs"]
+    graphs["fp32"]["encoder"]["file"] = "../encoder.onnx"
+    change_manifest(folder, graphs=graphs)
 
 
 @pytest.mark.parametrize(
@@ -279,6 +296,8 @@ def change_model(folder: Path) -> None:
         (damage_manifest, "manifest.json is not a usable manifest"),
         (remove_graph, "encoder.fp32.onnx is missing"),
         (change_model, "were exported from another model than 'small-3d'"),
+        (empty_buckets, "query_buckets must be growing numbers from 1 to 65536, received"),
+        (leave_the_folder, "expected graphs in its folder, received '../encoder.onnx'"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -335,6 +354,7 @@ def test_without_a_choice_graphs_are_run_where_there_are_some(small: Exported) -
     [
         ({"backend": "onnx"}, ValueError, "backend must be one of auto, torch, onnxr"),
         ({"precision": "fp8"}, ValueError, "precision must be one of fp32, bf16, received 'fp8'"),
+        ({"device": "gpu"}, ValueError, "device must be one of torch's, received 'gpu'"),
         ({"providers": ["rocm"]}, ValueError, "providers must be one of tensorrt, cuda, cpu, rec"),
         ({"providers": []}, ValueError, r"name each provider once, received \[\]"),
         ({"backend": "onnxruntime", "strict": True}, BackendError, "no folder of exported graphs"),

@@ -10,9 +10,11 @@ import weakref
 import zipfile
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from closeness import assert_close, assert_mixtures_close
@@ -32,7 +34,7 @@ from fpt_model import (
     save_model,
 )
 from fpt_model.backends import Precision
-from fpt_model.engine import prepare
+from fpt_model.engine import BackendError, prepare
 from fpt_model.layers import QKV, position_features
 from fpt_model.model import mixture_parameters, negative_log_likelihood
 from fpt_model.packed import PackedLinear, PackedQKV, can_pack, pack
@@ -326,6 +328,23 @@ class TestModel:
         """An untrusted file's configuration reaches timm, which can download and unpickle."""
         with pytest.raises(ValueError, match="must load nothing"):
             FPTConfig.from_dict({**SMALL.to_dict(), **change})
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+    def test_a_device_that_is_not_there(self) -> None:
+        with pytest.raises(BackendError, match="device 'cuda' cannot be used"):
+            FlowPredictor(FlowPokeTransformer(SMALL), device="cuda")
+
+    @pytest.mark.parametrize("kwargs", [[], {"num_heads": 5}, {"num_heads": 0}, {"act_layer": "x"}])
+    def test_a_file_whose_encoder_cannot_be_built(self, tmp_path: Path, kwargs: Any) -> None:
+        save_model(FlowPokeTransformer(SMALL), tmp_path / "good.safetensors")
+        with safetensors.safe_open(tmp_path / "good.safetensors", "pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            metadata = dict(file.metadata())
+        (key,) = (k for k, v in metadata.items() if "encoder_kwargs" in v)
+        metadata[key] = json.dumps(json.loads(metadata[key]) | {"encoder_kwargs": kwargs})
+        safetensors.torch.save_file(tensors, tmp_path / "bad.safetensors", metadata)
+        with pytest.raises(CheckpointError, match=r"bad\.safetensors"):
+            load_model(tmp_path / "bad.safetensors")
 
     def test_building_leaves_the_configuration_alone(self) -> None:
         """timm writes into nested arguments."""
