@@ -15,7 +15,6 @@ import numpy as np
 MESH_SLOTS = 8
 """Meshes of one world; the render context is made once for this number."""
 
-VISUAL_ONLY_GROUP = 0
 COLLISION_ONLY_GROUP = 3
 """Geom group that is never drawn: simple collision shapes below detailed surfaces."""
 

@@ -46,7 +46,11 @@ PARAMETERS = tuple(
         Spec("width", 640, "Width of the image, px.", 16, 4096),
         Spec("height", 480, "Height of the image, px.", 16, 4096),
         Spec("rate_hz", 10.0, "Images a second, 1/s.", 0.1, 120.0),
-        Spec("animate", False, "Show the present and the future in turn, a horizon long each."),
+        Spec(
+            "animate",
+            False,
+            "Show the present and the future in turn, a horizon each; no poke is suggested.",
+        ),
         Spec("frame_id", "camera_optical_frame", "Frame of the images: x right, y down, z ahead."),
     )
 )
@@ -90,8 +94,9 @@ class SimCameraNode(Node):
         ]
         suggested = self.create_publisher(PokeArray, "~/suggested_poke", _LATCHED)
         poke = _suggested_poke(truth)
-        # a zero stamp: the scene does not change, so the poke holds for the newest image
-        suggested.publish(pokes_to_msg(poke, Header(frame_id=self._frame_id)))
+        if not self._value("animate"):
+            # a zero stamp: the scene does not change, so the poke holds for the newest image
+            suggested.publish(pokes_to_msg(poke, Header(frame_id=self._frame_id)))
 
         rate_hz = self._value("rate_hz")
         self._images_a_phase = max(1, round(HORIZON_S * rate_hz)) if self._value("animate") else 0

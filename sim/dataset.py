@@ -22,6 +22,7 @@ import json
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -293,8 +294,15 @@ def _write_shard(job: tuple[Path, str, int, Settings, Path | None]) -> int:
             **_recipe(settings),
         }
         os.replace(partial, path)
-        note.write_text(json.dumps(record))
+        _write_text(note, json.dumps(record))
     return settings.images_per_shard
+
+
+def _write_text(path: Path, text: str) -> None:
+    """Atomically: other jobs read it, and a full disk must not leave half of it."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial.write_text(text)
+    os.replace(partial, path)
 
 
 def _recipe(settings: Settings) -> dict[str, Any]:
@@ -339,7 +347,7 @@ def write_manifest(out: Path, split: str, shards: int) -> dict[str, Any]:
         **recipe,
         "shards": [{k: r[k] for k in ("file", "images", "sha256")} for r in records],
     }
-    (out / f"manifest-{split}.json").write_text(json.dumps(manifest, indent=1) + "\n")
+    _write_text(out / f"manifest-{split}.json", json.dumps(manifest, indent=1) + "\n")
     return manifest
 
 
@@ -391,9 +399,15 @@ def write_dataset(
                 progress.update(_write_shard(item))
         else:
             # Fresh processes: OpenGL contexts do not survive a fork.
-            with multiprocessing.get_context("spawn").Pool(workers) as pool:
-                for count in pool.imap_unordered(_write_shard, jobs):
-                    progress.update(count)
+            # Of a pool whose process was killed (out of memory) this one raises BrokenProcessPool.
+            context = multiprocessing.get_context("spawn")
+            with ProcessPoolExecutor(workers, mp_context=context) as pool:
+                try:
+                    for done in as_completed([pool.submit(_write_shard, item) for item in jobs]):
+                        progress.update(done.result())
+                except BaseException:
+                    pool.shutdown(cancel_futures=True)
+                    raise
     return write_manifest(out, split, shards)
 
 
