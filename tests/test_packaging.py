@@ -98,7 +98,7 @@ def imported_modules(file: Path) -> set[str]:
 
 
 # What package.xml calls an imported module, where that is not the module's own name.
-ROSDEP_KEYS = {"cv2": "python3-opencv"} | {
+ROSDEP_KEYS = {"cv2": "python3-opencv", "tf2_ros": "tf2_ros_py"} | {
     module: f"python3-{module}"
     for module in ("hypothesis", "matplotlib", "numpy", "pytest", "rich", "tqdm", "typer", "yaml")
 }

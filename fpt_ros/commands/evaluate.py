@@ -85,8 +85,10 @@ def evaluate(
         if scenes:
             chosen = dataclasses.replace(chosen, scenes=scenes)
         folder = out or Path("evaluation") / chosen.name
-        if save_threshold and quick:
-            raise UserError("--save-threshold needs more scenes than --quick sees, received both")
+        if save_threshold and quick and not Path(model).suffix:
+            raise UserError(
+                f"--save-threshold with --quick is not for a shipped model, received {model!r}"
+            )
         if save_threshold and resolve_model(model).suffix != ".safetensors":
             raise UserError(
                 f"--save-threshold needs a .safetensors model, received {str(model)!r}; "
