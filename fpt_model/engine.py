@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import os
 import shlex
 import shutil
 from collections.abc import Iterable, Iterator
@@ -22,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fpt_model.encoder import ContextBlock
-from fpt_model.few_tokens import BuildError, FewTokens
+from fpt_model.few_tokens import BuildError, FewTokens, compiler
 from fpt_model.model import (
     AdaRMSNorm,
     FlowPokeTransformer,
@@ -273,9 +272,9 @@ def try_few_tokens(model: FlowPokeTransformer) -> FewTokens | None:
 
 def _can_compile() -> bool:
     """Whether there is a C++ compiler, without which torch.compile fails when a layer is run."""
-    compiler = shlex.split(os.environ.get("CXX") or "g++")[0]
-    if shutil.which(compiler) is None:
-        _log.warning("nothing is compiled: the C++ compiler %r is not there", compiler)
+    command = shlex.split(compiler())[0]
+    if shutil.which(command) is None:
+        _log.warning("nothing is compiled: the C++ compiler %r is not there", command)
         return False
     return True
 

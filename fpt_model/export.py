@@ -115,7 +115,7 @@ def export(
             f"received {size}"
         )
     out.mkdir(parents=True, exist_ok=True)
-    graph_files = {f"{half}.{precision}.onnx" for half in HALVES for precision in PRECISIONS}
+    graph_files = {_file_name(half, precision) for half in HALVES for precision in PRECISIONS}
     ours = {MANIFEST, tensorrt.FOLDER, *graph_files}
     foreign = sorted(p.name for p in out.iterdir() if p.name not in ours)
     if foreign:
@@ -129,7 +129,7 @@ def export(
 
     graphs: dict[str, dict[Half, Graph]] = {}
     for precision in sorted(set(precisions), key=PRECISIONS.index):
-        files = {half: out / f"{half}.{precision}.onnx" for half in HALVES}
+        files = {half: out / _file_name(half, precision) for half in HALVES}
         if precision == "int8" and "fp32" in graphs:
             for half, path in files.items():
                 shutil.copy(out / graphs["fp32"][half].file, path)
@@ -208,6 +208,10 @@ def _write(model: FlowPokeTransformer, dtype: torch.dtype, files: dict[Half, Pat
     shape[1] = "queries"  # the exporter says queries + pokes - pokes
     encoder.save(files["encoder"])
     decoder.save(files["decoder"])
+
+
+def _file_name(half: Half, precision: str) -> str:
+    return f"{half}.{precision}.onnx"
 
 
 def _quantize_weights(path: Path) -> None:

@@ -42,13 +42,18 @@ class BuildError(RuntimeError):
     """There is no C++ compiler, or it failed; the message has its first words."""
 
 
+def compiler() -> str:
+    """The command of the C++ compiler, which torch.compile calls, too."""
+    return os.environ.get("CXX") or "g++"
+
+
 def cache_folder() -> Path:
     """Where built code is kept: ``fpt_model`` in the user's cache folder (XDG)."""
     given = Path(os.environ.get("XDG_CACHE_HOME", ""))
     return (given if given.is_absolute() else Path.home() / ".cache") / "fpt_model"
 
 
-def _build(folder: Path, compiler: str, defines: Sequence[str], openmp: Sequence[str]) -> Path:
+def _build(folder: Path, defines: Sequence[str], openmp: Sequence[str]) -> Path:
     """The library in ``folder``; BuildError."""
     unit, built = folder / "few_tokens.o", folder / "few_tokens.so"
     flags = [*_FLAGS.split(), "-fopenmp", "-fPIC", *defines]
@@ -57,12 +62,12 @@ def _build(folder: Path, compiler: str, defines: Sequence[str], openmp: Sequence
         ["-shared", "-Wl,-z,defs", str(unit), *openmp, "-o", str(built)],
     ):
         done = subprocess.run(
-            [*shlex.split(compiler), *arguments], capture_output=True, text=True, check=False
+            [*shlex.split(compiler()), *arguments], capture_output=True, text=True, check=False
         )
         if done.returncode:
             words = next((line for line in done.stderr.splitlines() if "error" in line), "")
             words = words or done.stderr.strip()[:200]
-            raise BuildError(f"{compiler} failed with {done.returncode}: {words}")
+            raise BuildError(f"{compiler()} failed with {done.returncode}: {words}")
     return built
 
 
@@ -87,7 +92,6 @@ _building = threading.Lock()
 @cache
 def _library(head_dim: int, dtype: torch.dtype) -> Any:
     """The function ``run_layers`` for heads and weights of one kind; BuildError."""
-    compiler = os.environ.get("CXX") or "g++"
     # the OpenMP that torch has loaded: threads of a second one would compete with its threads
     package = Path(torch.__file__).parent  # wheels of x86-64 and of Arm
     places = (package / "lib", package.with_name("torch.libs"))
@@ -96,15 +100,15 @@ def _library(head_dim: int, dtype: torch.dtype) -> Any:
     defines = [f"-DHEAD_DIM={head_dim}", f"-DWEIGHT={_TYPES[dtype]}"]
     defines.append(f"-DMOST_TOKENS={MOST_TOKENS}")
     try:
-        what = [_SOURCE.read_text(), _FLAGS, compiler, *openmp, *defines, _processor()]
+        what = [_SOURCE.read_text(), _FLAGS, compiler(), *openmp, *defines, _processor()]
         digest = hashlib.sha256("\0".join(what).encode()).hexdigest()[:16]
         with _building:
-            return _kept(f"few_tokens-{digest}.so", compiler, defines, openmp)
+            return _kept(f"few_tokens-{digest}.so", defines, openmp)
     except (OSError, RuntimeError) as error:  # RuntimeError: nobody knows the user's home
         raise BuildError(str(error)) from error
 
 
-def _kept(name: str, compiler: str, defines: Sequence[str], openmp: Sequence[str]) -> Any:
+def _kept(name: str, defines: Sequence[str], openmp: Sequence[str]) -> Any:
     """Out of the cache; built if it is not there, or is damaged."""
     folder = cache_folder()
     with suppress(OSError):
@@ -116,7 +120,7 @@ def _kept(name: str, compiler: str, defines: Sequence[str], openmp: Sequence[str
     kept = own and os.access(folder, os.W_OK)
     # otherwise it is built in each process, where nobody else can put anything
     with tempfile.TemporaryDirectory(dir=folder if kept else None) as private:
-        built = _build(Path(private), compiler, defines, openmp)
+        built = _build(Path(private), defines, openmp)
         return _loaded(built.replace(folder / name) if kept else built)
 
 

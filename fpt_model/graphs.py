@@ -69,12 +69,19 @@ def model_sha256(model: FlowPokeTransformer) -> str:
 
 @dataclass(frozen=True)
 class Graph:
-    """One graph's file. Shapes hold numbers, and names of what is free."""
+    """One graph's file. Shapes hold numbers, and names of what is free.
+
+    Raises ValueError for a file elsewhere than in the manifest's folder.
+    """
 
     file: str
     sha256: str
     inputs: dict[str, tuple[str, list[int | str]]]  # by name: element type, shape
     outputs: dict[str, tuple[str, list[int | str]]]
+
+    def __post_init__(self) -> None:
+        if Path(self.file).name != self.file:
+            raise ValueError(f"expected graphs in its folder, received {self.file!r}")
 
 
 @dataclass(frozen=True)
@@ -121,10 +128,6 @@ class Manifest:
                 precision: {half: Graph(**halves[half]) for half in HALVES}
                 for precision, halves in content["graphs"].items()
             }
-            for halves in content["graphs"].values():
-                for graph in halves.values():
-                    if Path(graph.file).name != graph.file:
-                        raise ValueError(f"expected graphs in its folder, received {graph.file!r}")
             return cls(folder=path.parent, **content)
         except OSError as error:
             raise BackendError(f"no exported graphs in {str(folder)!r} ({how}): {error}") from error

@@ -281,16 +281,17 @@ def make_example(
     def points(index: NDArray[np.intp]) -> NDArray[np.intp]:
         return np.stack([index % size[1], index // size[1]], -1)
 
+    def lengths(future: int, index: NDArray[np.intp]) -> NDArray[np.floating]:
+        return np.linalg.norm(sample.flow_at(future, points(index)).flow, axis=-1)
+
     count, groups = config.pokes, len(config.visible_pokes)
     moves = sample.moving
     weights = None
     if config.near_futures is not None and len(on_bodies):
         some = rng.choice(on_bodies, _CANDIDATES)
-        weights = np.full(sample.futures, config.near_futures)
-        for future in range(sample.futures):
-            moving = some[moves[future][sample.bodies.ravel()[some]]]
-            far = np.linalg.norm(sample.flow_at(future, points(moving)).flow, axis=-1)
-            weights[future] += min(far.max(initial=0), _MAX_FLOW)
+        moving_some = moves[:, sample.bodies.ravel()[some]]  # [F, _CANDIDATES]
+        largest = [lengths(f, some[m]).max(initial=0) for f, m in enumerate(moving_some)]
+        weights = config.near_futures + np.minimum(np.float64(largest), _MAX_FLOW)
     futures = choose_futures(sample.camera_static, weights, config, rng)
     static = sample.camera_static[futures] & (rng.random(len(futures)) >= config.hide_static_flag)
     placed, moved = [], []
@@ -304,8 +305,7 @@ def make_example(
         pokes = pick(count, moving, pixels, on_moving, rng)
         if informed and count and len(moving) and rng.random() < config.first_poke_largest:
             candidates = rng.choice(moving, _CANDIDATES)
-            motion = sample.flow_at(int(future), points(candidates)).flow
-            pokes[0] = candidates[np.linalg.norm(motion, axis=-1).argmax()]
+            pokes[0] = candidates[lengths(int(future), candidates).argmax()]
         xy = points(
             np.concatenate(
                 [
