@@ -27,7 +27,7 @@ from training.evaluation.depth import (
 )
 from training.evaluation.figures import Rows
 from training.evaluation.measure import RADII
-from training.evaluation.run import load_predictor
+from training.evaluation.run import Evaluation, load_predictor
 from training.evaluation.suite import EvaluationError, Suite
 
 SETTINGS = Settings(size=64, images_per_shard=12, images_per_world=2)
@@ -62,7 +62,7 @@ def test_what_is_drawn_again_is_what_is_stored(data: Path) -> None:
 
 
 def test_scenes_hold_the_truth_in_space(data: Path) -> None:
-    shards, scenes = Shards(data, "val"), list(depth_scenes(Shards(data, "val"), "val", SUITE, 0))
+    scenes = list(depth_scenes(Shards(data, "val"), "val", SUITE, 0))
     assert len(scenes) >= 4
     for scene in scenes:
         motion = np.column_stack([scene.scene.flow * 64, scene.relative])[scene.known]
@@ -74,9 +74,18 @@ def test_scenes_hold_the_truth_in_space(data: Path) -> None:
         assert scene.hidden.shape == (64, 64)
         assert not (scene.hidden & np.isnan(scene.depth.metres)).any()
     assert sum(scene.hidden.sum() for scene in scenes) > 50
+
+
+def test_worlds_that_cannot_be_drawn_again_are_refused_at_once(
+    data: Path, models: tuple[Path, Path]
+) -> None:
+    _, solid = (load_predictor(str(path)) for path in models)
+    evaluation = Evaluation(SUITE, data, 0)
+    shards = evaluation.shards["val"]
+    assert isinstance(shards, Shards)
     shards.manifest["complete"] = False
-    with pytest.raises(EvaluationError, match="complete"):
-        next(depth_scenes(shards, "val", SUITE, 0))
+    with pytest.raises(EvaluationError, match="needs a complete manifest-val"):
+        evaluation.figures(solid)
 
 
 def test_other_shards_than_the_simulation_makes_are_refused(data: Path) -> None:

@@ -15,6 +15,7 @@ from node_harness import save_small_model
 from safetensors.torch import load_file
 
 from fpt_model import FlowMixture, FlowPokeTransformer, FlowPredictor, load_model, save_model
+from fpt_model.checkpoint import resolve_model
 from fpt_ros.cli import main
 from sim.dataset import GENERATOR, Settings, write_dataset
 from training.data import Shards
@@ -398,6 +399,7 @@ def test_mistakes_are_named(fpt_eval: Any, data: Path, model: Path, tmp_path: Pa
     solid = tmp_path / "solid.safetensors"
     save_model(FlowPokeTransformer(replace(load_model(model).config, flow_dim=3)), solid)
     common = "--model", model, "--data", data, "--out", tmp_path / "out"
+    shipped = resolve_model("fpt-tiny")
     for arguments, message in (
         (("--suite", "procedual", *common), "no suite 'procedual': expected one of ['clips', "),
         (("--suite", unlike, *common), "unknown or missing keys ['split', 'splits']"),
@@ -408,6 +410,10 @@ def test_mistakes_are_named(fpt_eval: Any, data: Path, model: Path, tmp_path: Pa
         (("--suite", "procedural", *common, "--precision", "fp8"), "received 'fp8'"),
         (("--suite", "procedural", *common, "--graphs", tmp_path / "none"), "none"),
         (("--suite", "procedural", "--data", tmp_path), "--split val"),
+        (
+            ("--suite", "procedural", "--quick", "--save-threshold", "--model", shipped),
+            "not for a shipped model",
+        ),
     ):
         result = fpt_eval(*arguments)
         assert result.code == 2

@@ -72,7 +72,7 @@ def evaluate(
     Thresholds are chosen on the split val alone, whatever the suite.
     """
     from fpt_model import CheckpointError
-    from fpt_model.checkpoint import resolve_model
+    from fpt_model.checkpoint import resolve_model, shipped_model_folders
     from fpt_model.engine import BackendError
     from training.evaluation import run
     from training.evaluation.suite import EvaluationError, Suite
@@ -85,11 +85,13 @@ def evaluate(
         if scenes:
             chosen = dataclasses.replace(chosen, scenes=scenes)
         folder = out or Path("evaluation") / chosen.name
-        if save_threshold and quick and not Path(model).suffix:
+        path = resolve_model(model)
+        shipped = path.resolve().parent in [f.resolve() for f in shipped_model_folders()]
+        if save_threshold and quick and shipped:
             raise UserError(
                 f"--save-threshold with --quick is not for a shipped model, received {model!r}"
             )
-        if save_threshold and resolve_model(model).suffix != ".safetensors":
+        if save_threshold and path.suffix != ".safetensors":
             raise UserError(
                 f"--save-threshold needs a .safetensors model, received {str(model)!r}; "
                 "fpt convert makes one"
@@ -98,7 +100,7 @@ def evaluate(
             chosen, model, data, folder, single_gaussian, precision, seed, graphs, planar_model
         )
         if save_threshold:
-            run.save_threshold(resolve_model(model), figures["thresholds"]["kl_matched"])
+            run.save_threshold(path, figures["thresholds"]["kl_matched"])
     except (BackendError, CheckpointError, EvaluationError, OSError, ValueError) as error:
         raise UserError(str(error)) from error
     print((folder / "figures.md").read_text())

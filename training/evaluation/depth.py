@@ -62,13 +62,9 @@ class DepthScene(NamedTuple):
 def depth_scenes(shards: Shards, split: str, suite: Suite, seed: int) -> Iterator[DepthScene]:
     """The scenes of the suite, with what a second rendering shows, for which they are drawn again.
 
-    Raises EvaluationError if the simulation draws something else than what is stored.
+    ``shards`` must have a complete manifest. Raises EvaluationError if the simulation draws
+    something else than what is stored.
     """
-    if not shards.manifest.get("complete"):
-        raise EvaluationError(
-            f"what will be hidden is found by drawing scenes again, which needs a complete "
-            f"manifest-{split}.json beside {shards.files[0]}"
-        )
     settings = Settings(**shards.manifest["settings"])
     for index, sample, future, scene in simulated_scenes(shards, suite, seed):
         yield _with_depth(sample, future, scene, _hidden(sample, split, index, future, settings))

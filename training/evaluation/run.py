@@ -128,11 +128,12 @@ class Evaluation:
         what: str,
         found: Iterable[AnyScene],
         call: Callable[[AnyScene, np.random.Generator], Row],
+        limit: int | None = None,
     ) -> Rows | None:
-        """The rows of up to ``suite.scenes`` scenes; None if there are none."""
+        """The rows of up to ``limit`` scenes, None: ``suite.scenes``; None if there are none."""
         rows: list[Row] = []
         kinds, worlds = [], []
-        limit = self.suite.scenes
+        limit = limit or self.suite.scenes
         for scene in tqdm(islice(found, limit), total=limit, unit="scene", desc=what):
             # of the scene's number: the same draws whatever else is measured
             rows.append(call(scene, np.random.default_rng([self.seed, len(rows)])))
@@ -159,7 +160,10 @@ class Evaluation:
                 shown.append(report.Shown(scene, flows))
             return row
 
-        rows = self._rows(split, scenes(shards, self.suite, self.seed), call)
+        limit = self.suite.scenes
+        if thresholds_only:
+            limit = min(limit, self.suite.validation_scenes)
+        rows = self._rows(split, scenes(shards, self.suite, self.seed), call, limit)
         if rows is None:
             raise EvaluationError(
                 f"none of the {len(shards)} samples beside {shards.files[0]} is a scene"
@@ -171,6 +175,8 @@ class Evaluation:
     ) -> tuple[dict[str, float], dict[str, Figures]]:
         """The thresholds, by score; and figures, by split. Plots and pictures go to ``out``."""
         suite = self.suite
+        for split in suite.splits:  # what would fail, before hours of work
+            self._drawn_again(predictor, split)
         chosen: dict[str, int] = {}
         if suite.validation not in suite.splits:
             rows = self.main_rows(predictor, suite.validation, thresholds_only=True)
@@ -227,9 +233,8 @@ class Evaluation:
 
         A picture goes to ``out``.
         """
-        shards, suite = self.shards[split], self.suite
-        drawn_by_us = split in SPLITS and split != "foreign"
-        if predictor.config.flow_dim != 3 or not drawn_by_us or isinstance(shards, TrackShards):
+        suite, shards = self.suite, self._drawn_again(predictor, split)
+        if shards is None:
             return {}
         shown: list[ShownDepth] = []
         on_sheet = self._on_sheet()
@@ -246,6 +251,22 @@ class Evaluation:
         if out is not None:
             report.write_picture(depth_sheet(shown, suite.grid), out / f"{split}-depth.png")
         return {"depth": depth_figures(rows, suite.intervals_over)}
+
+    def _drawn_again(self, predictor: FlowPredictor, split: str) -> Shards | None:
+        """The split's shards, if the model predicts depth and the worlds are ours.
+
+        Raises EvaluationError where they cannot be drawn again.
+        """
+        shards = self.shards[split]
+        drawn_by_us = split in SPLITS and split != "foreign"
+        if predictor.config.flow_dim != 3 or not drawn_by_us or isinstance(shards, TrackShards):
+            return None
+        if not shards.manifest.get("complete"):
+            raise EvaluationError(
+                "what will be hidden is found by drawing scenes again, which needs a complete "
+                f"manifest-{split}.json beside {shards.files[0]}"
+            )
+        return shards
 
     def _on_sheet(self) -> Iterator[bool]:
         """Whether the next scene is for the picture: the first, then one at random of each so many

@@ -28,6 +28,7 @@ class Suite:
     make: str  # the command that makes a missing split, with {data} and {split}
     validation: str = "val"  # the simulated split that thresholds, and nothing else, come from
     scenes: int = 250  # at most, of each split
+    validation_scenes: int = 250  # at most, and no more than scenes, for thresholds alone
     grid: int = 64  # cells of each side; lengths are reported in cells
     pokes: tuple[int, ...] = (1, 2, 5, 10, 100)  # of the curve
     # image sides, std of the noise that is added to a truth "as tracked": the model was trained to
@@ -47,7 +48,7 @@ class Suite:
             )
         if self.pokes[:1] != (1,) or list(self.pokes) != sorted(set(self.pokes)):
             raise EvaluationError(f"pokes must begin with 1 and grow, received {self.pokes}")
-        for name in ("scenes", "grid"):
+        for name in ("validation_scenes", "scenes", "grid"):
             if getattr(self, name) < 1:
                 raise EvaluationError(f"{name} must be >= 1, received {getattr(self, name)}")
 
