@@ -33,6 +33,7 @@ from fpt_ros.parameters import Spec, declare_parameters
 from fpt_ros.pokes import Pokes
 from fpt_ros.spin import run
 from sim import HELD_OUT_KINDS, TRAIN_KINDS
+from sim.opengl import make_contexts
 
 if TYPE_CHECKING:
     from sim import Frame, Future, Simulator, Truth
@@ -67,7 +68,7 @@ class SimCameraNode(Node):
     """See the module's description. All parameters are read once, at start.
 
     Raises:
-        ValueError: for an unknown kind, or a scene in which nothing visible can move.
+        ValueError: for an unknown kind, a scene in which nothing visible can move, or no OpenGL.
     """
 
     def __init__(self) -> None:
@@ -75,6 +76,10 @@ class SimCameraNode(Node):
         declare_parameters(self, PARAMETERS)
         self._frame_id: str = self._value("frame_id")
         size = (self._value("height"), self._value("width"))
+        try:
+            make_contexts()  # without OpenGL importing MuJoCo may fail, and not say what is missing
+        except RuntimeError as error:
+            raise ValueError(str(error)) from error
         # loads MuJoCo and an OpenGL library
         from sim.simulator import HORIZON_S, Simulator
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -398,6 +399,18 @@ def test_wrong_parameters_are_named(module: str, parameter: str, named: tuple[st
         assert node.process.wait(60) == 1
     assert all(word in node.output for word in named), node.output
     assert "Traceback" not in node.output
+
+
+def test_a_camera_without_opengl_names_the_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MUJOCO_GL", "egl")
+    monkeypatch.setenv("__EGL_VENDOR_LIBRARY_FILENAMES", os.devnull)
+    domain, claim = claim_domain_id()
+    camera = Process(python_module("sim.camera_node"), domain)
+    with claim, camera:
+        camera.wait_for("cannot start: OpenGL backend 'egl' failed: ")
+        assert camera.process.wait(60) == 1
+    assert "apt-get install libegl1" in camera.output
+    assert "Traceback" not in camera.output
 
 
 BUSY_NODE = """
