@@ -5,16 +5,26 @@ from __future__ import annotations
 
 import runpy
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 import yaml
 
 pytest.importorskip("fpt_msgs")
 
-from node_harness import ROOT, Client, Process, documented_topics, save_small_model
+from node_harness import (
+    ROOT,
+    Client,
+    Process,
+    documented_topics,
+    python_module,
+    save_small_model,
+    wait_until,
+)
 from rclpy.qos import DurabilityPolicy, QoSProfile
 from sensor_msgs.msg import CameraInfo, Image
 
@@ -140,6 +150,50 @@ def end(process: Process) -> None:
     assert "process has died" not in process.output
 
 
+def test_the_simulated_camera_tells_how_its_scene_moves() -> None:
+    truths = []
+    for future in (0, 1):
+        values = {
+            "kind": "door", "width": 160, "height": 120, "rate_hz": 5.0, "frame_id": "eye",
+            "future_seed": future,
+        }  # fmt: skip
+        arguments = [word for k, v in values.items() for word in ("-p", f"{k}:={v}")]
+        domain, claim = claim_domain_id()
+        camera = Process(python_module("sim.camera_node", *arguments), domain)
+        with claim, camera, Client(domain) as client:
+            latched = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
+            client.subscribe(PokeArray, "/sim_camera/suggested_poke", latched)
+            for topic in ("/image", "/sim_camera/true_flow", "/sim_camera/true_mask"):
+                client.subscribe(Image, topic)
+            flow = client.next("/sim_camera/true_flow", timeout_s=60.0)
+            of_the_same = same_header(flow)
+            mask = client.next("/sim_camera/true_mask", of_the_same)
+            image = client.next("/image", of_the_same)
+            suggested = client.next("/sim_camera/suggested_poke")
+            documented = documented_topics("sim_camera_node", "sim_camera")
+            assert client.topics_of("sim_camera") == documented
+            assert camera.interrupt() == 0, camera.output
+        assert flow.header.frame_id == suggested.header.frame_id == "eye"
+        assert (image.width, image.height) == (flow.width, flow.height) == (160, 120)
+        check_truth(flow, mask, suggested.pokes[0])
+        truths.append(image_to_array(flow))
+    assert np.nanmax(np.abs(truths[0] - truths[1])) > 1
+
+
+@pytest.mark.parametrize("name", ["poke_publisher", "image_publisher"])
+def test_publishers_have_the_documented_topics(name: str, tmp_path: Path) -> None:
+    picture = tmp_path / "picture.png"
+    cv2.imwrite(str(picture), np.zeros((4, 4, 3), np.uint8))
+    arguments = ["-p", f"file:={picture}"] if name == "image_publisher" else []
+    documented = documented_topics(name, name)
+    domain, claim = claim_domain_id()
+    process = Process(python_module(f"fpt_ros.{name}", *arguments), domain)
+    with claim, process, Client(domain) as client:
+        wait_until(lambda: name in client.node.get_node_names())
+        wait_until(lambda: client.topics_of(name) == documented)
+        assert process.interrupt() == 0, process.output
+
+
 @needs_ros2
 def test_sim_launch_answers_the_suggested_poke(tmp_path: Path) -> None:
     model = save_small_model(tmp_path / "fpt-test.safetensors")
@@ -161,14 +215,18 @@ def test_sim_launch_answers_the_suggested_poke(tmp_path: Path) -> None:
         poke = client.next("/sim_camera/suggested_poke").pokes[0]
         assert client.next("/pokes").pokes[0].x == poke.x
         flow = client.next("/sim_camera/true_flow")
-        image = client.next("/image", lambda m: m.header == flow.header)
-        info = client.next("/camera_info", lambda m: m.header == flow.header)
+        image = client.next("/image", same_header(flow))
+        info = client.next("/camera_info", same_header(flow))
         assert (image.encoding, image.width, image.height) == ("rgb8", 160, 120)
         assert (info.k[2], info.k[5]) == ((160 - 1) / 2, (120 - 1) / 2)
         assert client.next("/depth").encoding == "32FC1"
         assert client.topics_of("sim_camera") == documented_topics("sim_camera_node", "sim_camera")
         end(process)
     check_truth(flow, client.received["/sim_camera/true_mask"][0], poke)
+
+
+def same_header(of: Image) -> Callable[[Any], bool]:
+    return lambda msg: msg.header == of.header
 
 
 def check_truth(flow: Image, mask: Image, poke: Any) -> None:

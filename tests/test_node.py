@@ -66,6 +66,8 @@ def user(model: Path) -> Iterator[User]:
     with running_node(model, **RELIABLE) as user:
         user.node.wait_for("subscribed to /image, /pokes, /queries")
         user.connect()
+        topics = {t.name: t.qos for t in user.client.topics_of("fpt")}
+        assert topics["/image"] == "reliable", "the override is ignored"
         yield user
 
 
@@ -116,6 +118,14 @@ def test_dense_outputs_cover_the_image_pixel_by_pixel(user: User) -> None:
     assert (overlay.encoding, overlay.height) == ("rgb8", scale * HEIGHT)
     difference = image_to_array(overlay).astype(np.float64) - expected.overlay
     assert np.abs(difference).mean() < 1  # a pixel at the mask's border may flip
+
+
+def test_a_new_subscriber_need_not_wait_for_the_next_image(user: User) -> None:
+    header = user.send_image(picture(4))
+    user.expect_distribution(header, user.expected(picture(4), NO_POKES))
+    with Client(user.domain, "late") as late:
+        late.subscribe(Image, "/fpt/flow")
+        late.next("/fpt/flow", lambda m: m.header == header)
 
 
 def test_an_answer_without_pokes_and_queries(user: User) -> None:
@@ -224,15 +234,21 @@ def test_errors_are_logged_once_a_second(user: User) -> None:
     def logged() -> list[str]:
         return [line for line in user.node.lines if "[ERROR]" in line and "x=77" in line]
 
+    def counted(values: dict[str, str]) -> int:
+        return int(values.get("errors: pokes", "0"))
+
     time.sleep(1.0)  # since errors of this kind in other tests
     user.send_image(picture())
+    before = counted(values_of(user.diagnostics(bool)))
     outside = Pokes(np.array([[77.0, 3.0]]), np.ones((1, 2)))
+    began = time.monotonic()
     for _ in range(20):
         user.send_pokes(outside)
-    user.diagnostics(lambda values: "x=77" in values["last error"])
+        time.sleep(0.02)
+    user.diagnostics(lambda values: counted(values) >= before + 10)
     wait_until(lambda: len(logged()) > 0)
     assert "poke 0 of 1 at x=77, y=3 px lies outside the 64 x 48 px image" in logged()[0]
-    assert len(logged()) <= 2
+    assert len(logged()) <= 2 + (time.monotonic() - began)  # on a loaded machine, more seconds
 
 
 def test_bad_queries_are_named(user: User) -> None:

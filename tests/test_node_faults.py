@@ -23,7 +23,6 @@ from lifecycle_msgs.srv import ChangeState
 from node_harness import Client, Process, save_small_model, wait_until
 from node_user import (
     NO_POKES,
-    POKE,
     QUERIES,
     RELIABLE,
     User,
@@ -105,14 +104,6 @@ def test_images_from_the_future_are_answered_and_reported(user: User) -> None:
     user.check_alive()  # an image with an earlier stamp is the newest again
 
 
-def test_pokes_from_the_future_are_refused(user: User) -> None:
-    header = user.send_image(picture())
-    user.receive("distribution", header)
-    user.send_pokes(POKE, user.header(age_s=-3600.0))
-    user.expect_error("pokes", "is not held")
-    user.check_alive()
-
-
 def test_a_hundred_thousand_queries_are_refused(user: User) -> None:
     user.check_alive()
     user.send_queries(np.full((100_000, 2), 5.0))
@@ -154,24 +145,18 @@ def test_killed_and_started_again(model: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b"", "not a readable safetensors file"),
-        (bytes(range(256)) * 64, "not a readable safetensors file"),
         ("truncated", "not a readable safetensors file"),
         ("another", "has no 'fpt_config' in its metadata, is it an FPT model?"),
     ],
-    ids=["empty", "corrupt", "truncated", "another architecture"],
+    ids=["truncated", "another architecture"],
 )
-def test_models_that_cannot_be_used(
-    model: Path, tmp_path: Path, content: bytes | str, reason: str
-) -> None:
+def test_models_that_cannot_be_used(model: Path, tmp_path: Path, content: str, reason: str) -> None:
     """The node says why, stays, and takes a good one."""
     bad = tmp_path / "bad.safetensors"
     if content == "truncated":
         bad.write_bytes(model.read_bytes()[:-1000])
-    elif content == "another":
-        save_file({"fc.weight": torch.ones(10, 512)}, bad)
     else:
-        bad.write_bytes(content)  # type: ignore[arg-type]
+        save_file({"fc.weight": torch.ones(10, 512)}, bad)
     domain, claim = claim_domain_id()
     with claim, Process(node_command(bad), domain) as node, Client(domain) as client:
         client.subscribe(DiagnosticArray, "/diagnostics")

@@ -257,16 +257,18 @@ def configured(folder: Path) -> Iterator[FptNode]:
     node = FptNode(context=context, parameter_overrides=overrides)
     listener = rclpy.create_node("listener", context=context)
     with claim:
-        assert node.trigger_configure() == TransitionCallbackReturn.SUCCESS
-        for name in ("flow", "flow_color", "mask", "influence", "overlay"):
-            listener.create_subscription(Image, f"/fpt/{name}", print, 1)
-        listener.create_subscription(FlowDistribution, "/fpt/distribution", print, 1)
-        listener.create_subscription(MarkerArray, "/fpt/markers", print, 1)
-        wait_until(lambda: all(p.get_subscription_count() for p, _ in node._outputs))
-        yield node
-        node.destroy_node()
-        listener.destroy_node()
-        rclpy.shutdown(context=context)
+        try:
+            assert node.trigger_configure() == TransitionCallbackReturn.SUCCESS
+            for name in ("flow", "flow_color", "mask", "influence", "overlay"):
+                listener.create_subscription(Image, f"/fpt/{name}", print, 1)
+            listener.create_subscription(FlowDistribution, "/fpt/distribution", print, 1)
+            listener.create_subscription(MarkerArray, "/fpt/markers", print, 1)
+            wait_until(lambda: all(p.get_subscription_count() for p, _ in node._outputs))
+            yield node
+        finally:
+            node.destroy_node()
+            listener.destroy_node()
+            rclpy.shutdown(context=context)
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,8 @@ from node_user import (
     running_node,
     values_of,
 )
+from rcl_interfaces.srv import SetParameters
+from rclpy.parameter import Parameter
 from rclpy.qos import DurabilityPolicy, QoSProfile
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 from std_msgs.msg import Float64, Header
@@ -165,6 +168,52 @@ def test_any_recent_image_can_be_named_though_none_was_answered(user: User) -> N
         check_distribution(response.distribution, headers[seed], QUERIES, expected)
     values = values_of(user.diagnostics(lambda values: "answers" not in values))
     assert values["dense time"] == values["pipeline latency"] == "n/a"
+
+
+def test_parameters_take_effect_while_the_node_runs(user: User) -> None:
+    pixels = picture(12)
+    header = user.send_image(pixels)
+    scene = user.predictor.encode(pixels)
+    named = {"header": header, "pokes": poke_list(POKE)}
+    points = {"queries": flat(QUERIES.ravel())}
+
+    def set_parameter(name: str, value: Any) -> None:
+        request = SetParameters.Request(
+            parameters=[Parameter(name, value=value).to_parameter_msg()]
+        )
+        done = user.client.call(SetParameters, "/fpt/set_parameters", request)
+        assert done.results[0].successful, done.results[0].reason
+
+    set_parameter("camera_static", False)
+    set_parameter("kl_threshold_nats", 0.125)
+    try:
+        expected = user.predictor.predict(
+            scene, *library_pokes(POKE), pixels_to_normalised(QUERIES, SIZE), False
+        ).scaled(*SCALE)
+        static = predicted(user, pixels, POKE)
+        assert np.abs(expected.means - static.means).max() > 100 * TOLERANCE_PX
+        for service, of in (
+            ("predict_flow", lambda r: r.distribution),
+            ("evaluate_pokes", lambda r: r.distributions[0]),
+        ):
+            response = call(user, service, **named, **points)
+            check_distribution(of(response), header, QUERIES, expected)
+        response = call(user, "segment_moving_part", **named)
+        assert response.threshold == 0.125
+        influence = user.predictor.influence(
+            scene, *library_pokes(POKE), size=DENSE, camera_static=False
+        )
+        np.testing.assert_allclose(image_to_array(response.influence), influence, atol=1e-4)
+        goal = send_goal(user, [], **named, **points, samples=2, seed=3)
+        drawn = samples_from_msg(wait_for_result(goal).result.samples)[1]
+        sampled = user.predictor.sample(
+            scene, *library_pokes(POKE), pixels_to_normalised(QUERIES, SIZE), 2, 3,
+            camera_static=False,
+        )  # fmt: skip
+        np.testing.assert_allclose(drawn, sampled * SCALE, atol=TOLERANCE_PX)
+    finally:
+        set_parameter("camera_static", True)
+        set_parameter("kl_threshold_nats", 0.0)
 
 
 def test_an_image_is_encoded_once_for_all_requests(user: User) -> None:
@@ -322,34 +371,35 @@ def test_an_unreadable_image_is_named_in_the_answer(user: User) -> None:
 def test_two_clients_of_each_service_at_once(user: User) -> None:
     pixels = picture(4)
     header = user.send_image(pixels)
-    expected = predicted(user, pixels, POKE)
-    fields = {"header": header, "pokes": poke_list(POKE)}
-    problems: list[str] = []
+    scene = user.predictor.encode(pixels)
 
-    def use(client: Client, service: str) -> None:
+    def use(client: Client, service: str, pokes: Pokes) -> None:
+        expected = predicted(user, pixels, pokes)
+        influence = user.predictor.influence(scene, *library_pokes(pokes), size=DENSE)
         points = {} if service == "segment_moving_part" else {"queries": flat(QUERIES.ravel())}
         for _ in range(4):
-            response = call(user, service, client, **fields, **points)
-            if not response.success:
-                problems.append(f"{service}: {response.message}")
-            elif service == "predict_flow":
+            response = call(user, service, client, header=header, pokes=poke_list(pokes), **points)
+            assert response.success, response.message
+            if service == "predict_flow":
                 check_distribution(response.distribution, header, QUERIES, expected)
             elif service == "evaluate_pokes":
                 check_distribution(response.distributions[0], header, QUERIES, expected)
             else:
-                assert image_to_array(response.mask).shape == DENSE
+                found = image_to_array(response.influence)
+                np.testing.assert_allclose(found, influence, atol=1e-4)
 
-    with Client(user.domain, "first") as first, Client(user.domain, "second") as second:
-        threads = [
-            threading.Thread(target=use, args=(client, service))
-            for client in (first, second)
+    with (
+        Client(user.domain, "first") as first,
+        Client(user.domain, "second") as second,
+        ThreadPoolExecutor() as pool,
+    ):
+        used = [
+            pool.submit(use, client, service, pokes)
+            for client, pokes in ((first, POKE), (second, OTHER_POKE))
             for service in SERVICES
         ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    assert not problems
+        for future in used:
+            future.result()
 
 
 def test_a_client_that_goes_away_does_no_harm(user: User) -> None:
@@ -573,7 +623,7 @@ def test_latencies_are_published_and_told(compressed: User) -> None:
     for name in ("encode_time", "pipeline_latency"):
         times = [m.data for m in compressed.client.received[f"/fpt/debug/{name}_ms"]]
         assert times
-        assert all(0 < value < 60_000 for value in times)
+        assert all(value > 0 for value in times)
     values = values_of(compressed.diagnostics(lambda values: True))
     assert values["encode time"].split()[1:3] == ["ms,", "median"]
     latest = {name: float(values[f"{name} time"].split()[0]) for name in ("processing", "overhead")}

@@ -253,13 +253,17 @@ def test_an_fpt_node_that_hangs_is_given_up(nodes: Set) -> None:
 
 def test_two_plans_at_once(nodes: Set) -> None:
     with Client(nodes.user.domain, "other") as other:
-        request = PlanPoke.Request(header=nodes.header, **GOAL)
+        goal = {**GOAL, "dx": -6.0}
+        request = PlanPoke.Request(header=nodes.header, **goal)
         service = other.node.create_client(PlanPoke, "/poke_planner/plan_poke")
         assert service.wait_for_service(30.0)
         future = service.call_async(request)
         mine = nodes.ask(**GOAL)
         wait_until(future.done, 60.0)
-        assert future.result().pokes[0].score == mine.pokes[0].score
+    its = future.result()
+    assert its.pokes[0].score == nodes.ask(**goal).pokes[0].score
+    assert mine.pokes[0].score == nodes.ask(**GOAL).pokes[0].score
+    assert its.pokes[0].score != mine.pokes[0].score
 
 
 def test_topics_and_services_are_those_documented(nodes: Set) -> None:

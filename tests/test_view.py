@@ -23,6 +23,7 @@ from fpt_model import FlowPredictor, load_model
 from fpt_model.visualize import ELLIPSE_SIGMAS, MIN_DRAWN_WEIGHT, flow_to_color
 from fpt_msgs.msg import FlowDistribution, PokeArray
 from fpt_ros.cli import main
+from fpt_ros.environment import claim_domain_id
 from fpt_ros.history import stamp_ns
 from fpt_ros.images import array_to_image, flat_array
 from fpt_ros.markers import Markers, Plane
@@ -227,7 +228,9 @@ def _poke_and_answer(user: User) -> Header:
 def test_duration_ends_it_where_nothing_comes(tmp_path: Path) -> None:
     out = tmp_path / "silence.rrd"
     command = [sys.executable, "-m", "fpt_ros.cli", "view", "--out", str(out), "--duration", "1"]
-    with Process([*command, "--namespace", "left", "--output", "mask"], 77) as view:
+    domain, claim = claim_domain_id()
+    viewer = Process([*command, "--namespace", "left", "--output", "mask"], domain)
+    with claim, viewer as view:
         assert view.process.wait(60) == 0
         wait_until(lambda: "shows" in view.output)
         assert "shows /left/image, /left/camera_info, /left/pokes, /left/fpt/mask" in view.output
