@@ -18,7 +18,7 @@ import tempfile
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -253,30 +253,25 @@ def process_bag(
     parameters: dict[str, Any] = {spec.name: spec.default for spec in FPT_PARAMETERS}
     parameters |= {"max_age_ms": 0.0, "depth_wait_ms": 0.0, **(values or {})}
     messages = Outputs(predictor.config, lambda: parameters["marker_lifetime_s"], monitor.stage)
-    depths = _Depths(bag, inputs["depth"]) if inputs.get("depth") else None
-    table = messages.table | (SceneOutputs().table if depths else {})
+    table = messages.table | (SceneOutputs().table if inputs.get("depth") else {})
     names = list(table) if outputs is None else list(outputs)
     unknown = [name for name in names if name not in table]
     if unknown:
         raise BagError(f"expected outputs of {[*table]}, received {unknown[0]!r}")
 
     clock = _Clock(bag.start_time if bag.message_count else 0)
-    with _writing(out) as writer:
+    with ExitStack() as stack:
+        writer = stack.enter_context(_writing(out))
+        depths = None
+        if inputs.get("depth"):
+            # not the one that is being read: of MCAP without an index it would lose its place
+            depths = _Depths(stack.enter_context(open_bag(bag.path)), inputs["depth"][0].topic)
 
         def recorder(name: str, msg_type: type, latched: bool = False) -> _Recorder:
             topic = full_name(f"fpt/{name}", namespace)
             return _Recorder(writer, store, clock, report, topic, type_name(msg_type), latched)
 
-        copies = {
-            connection.id: writer.add_connection(
-                connection.topic,
-                connection.msgtype,
-                typestore=store,
-                offered_qos_profiles=getattr(connection.ext, "offered_qos_profiles", ()),
-            )
-            for those in (inputs.values() if copy_inputs else ())
-            for connection in those
-        }
+        copies = _copies(writer, store, inputs) if copy_inputs else {}
         recorder("info", ModelInfo, latched=True).publish(messages.model_info())
         worker = Worker(
             predictor,
@@ -322,14 +317,34 @@ def process_bag(
     return report
 
 
+def _copies(
+    writer: Writer, store: Typestore, inputs: Mapping[str, Sequence[Connection]]
+) -> dict[int, Connection]:
+    """The connections to write the messages to, by the id of the one that they were read from."""
+    alike: dict[Any, Connection] = {}  # those of several publishers may be
+    copies = {}
+    for connection in (c for those in inputs.values() for c in those):
+        profiles = tuple(getattr(connection.ext, "offered_qos_profiles", ()))
+        key = connection.topic, connection.msgtype, repr(profiles)
+        if key not in alike:
+            alike[key] = writer.add_connection(
+                connection.topic,
+                connection.msgtype,
+                typestore=store,
+                offered_qos_profiles=profiles,
+            )
+        copies[connection.id] = alike[key]
+    return copies
+
+
 class _Depths:
     """Finds the depth image whose stamp is nearest to that of an image.
 
     A camera's depth may be recorded before its image or after it.
     """
 
-    def __init__(self, bag: Reader, connections: Sequence[Connection]) -> None:
-        self._bag, self._connections = bag, connections
+    def __init__(self, bag: Reader, topic: str) -> None:
+        self._bag, self._inputs = bag, find_topics(bag, {"depth": topic}, INPUT_TYPES)
         self._times = sorted(
             (stamp_ns(m.msg.header), m.ns) for m in self._read() if m.msg is not None
         )  # stamped, recorded
@@ -346,7 +361,7 @@ class _Depths:
         return [msg for msg in found if stamp_ns(msg.header) == stamp][:1]
 
     def _read(self, start: int | None = None, stop: int | None = None) -> Iterator[Recorded]:
-        return read(self._bag, {"depth": self._connections}, INPUT_TYPES, start, stop)
+        return read(self._bag, self._inputs, INPUT_TYPES, start, stop)
 
 
 class _Clock:
@@ -371,6 +386,12 @@ class _FirstErrors:
     def error(self, text: str) -> None:
         kind, _, reason = text.partition(": ")
         self.texts.setdefault(kind, reason)
+
+    def warning(self, text: str) -> None:
+        """Of no interest."""
+
+    def debug(self, text: str) -> None:
+        """Of no interest."""
 
 
 class _Recorder:

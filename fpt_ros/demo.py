@@ -526,6 +526,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stack.callback(claim.close)
             os.environ["ROS_DOMAIN_ID"] = str(domain)
         try:
+            if not cv2.haveImageWriter(str(options.out)):
+                raise UserError(
+                    f"--out must end in a picture format such as .png, received {options.out}"
+                )
             load_model(options.model)  # only to refuse a bad one before anything is started
             if options.image:
                 folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))

@@ -496,7 +496,8 @@ def _motions(goal: Goal, none: FlowMixture, given: FlowMixture, rng: np.random.G
     drawn *= np.exp(rng.uniform(-0.5, 0.5, (len(drawn), 1)))
     if goal.motion is None:
         first = np.stack([_likeliest_motion(none, goal.tolerance), given.mean()[0]])
-        drawn[2::2] = none.sample(len(drawn[2::2]), rng)
+        if len(drawn) > 2:
+            drawn[2::2] = none.sample(len(drawn[2::2]), rng)
     else:
         expected = given[0]
         first = np.stack([goal.motion, expected.mean(), expected.mode(), expected.median()])

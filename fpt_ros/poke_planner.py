@@ -33,9 +33,10 @@ from fpt_model.mixture import FlowMixture
 from fpt_msgs.msg import ModelInfo, PokeArray, RankedPoke
 from fpt_msgs.srv import EvaluatePokes, PlanPoke, PredictFlow
 from fpt_ros.depth import DepthHistory, read_depth
+from fpt_ros.history import stamp_ns
 from fpt_ros.images import flat_array
 from fpt_ros.markers import Display, Plane, motion_in_space_markers, poke_arrow
-from fpt_ros.messages import distribution_from_msg, pokes_to_msg, read_queries
+from fpt_ros.messages import distribution_from_msg, pokes_to_msg
 from fpt_ros.parameters import FPT_PARAMETERS, Spec, declare_parameters
 from fpt_ros.planning import (
     Ask,
@@ -124,7 +125,8 @@ class PokePlanner(Node):
     ) -> PlanPoke.Response:
         try:
             header, size = await self._look(request)
-            await self._comes(lambda: self._info is not None)
+            if not await self._comes(lambda: self._info is not None):
+                raise RequestError("received no fpt/info yet, which says what the model can do")
             depth = self._depth(request, header, size)
             chosen = await self._follow(self._steps(request, size, depth), header)
         except RequestError as error:
@@ -146,6 +148,11 @@ class PokePlanner(Node):
         points = np.array([] if exploring else [request.x, request.y], np.float32)
         ask = PredictFlow.Request(header=request.header, queries=flat_array("f", points))
         found = (await self._call(self._predict, ask)).distribution
+        if not stamp_ns(found.header):
+            raise RequestError(
+                "a plan asks several times about one image, which it names by its stamp; received "
+                "an image with stamp 0, expected the camera's driver to stamp its images"
+            )
         return found.header, (found.image_height, found.image_width)
 
     def _depth(self, request: PlanPoke.Request, header: Header, size: Size) -> Depth | None:
@@ -171,19 +178,24 @@ class PokePlanner(Node):
 
     def _steps(self, request: PlanPoke.Request, size: Size, depth: Depth | None) -> Steps:
         """The planning that a request asks for; RequestError for one that makes no sense."""
-        if self._info is None:
-            raise RequestError("received no fpt/info yet, which says what the model can do")
+        assert self._info is not None, "see _serve"
         kinds = {PlanPoke.Request.MOVE: "MOVE", PlanPoke.Request.OPEN: "OPEN"}
         kinds[PlanPoke.Request.EXPLORE] = "EXPLORE"
         if request.goal not in kinds:
             expected = ", ".join(f"{number} ({name})" for number, name in kinds.items())
             raise RequestError(f"goal must be one of {expected}, received {request.goal}")
+        shortest, longest = self._value("min_length_px"), self._value("max_length_px") or np.inf
+        if shortest > longest:
+            raise RequestError(
+                "min_length_px must not be above max_length_px, received "
+                f"{shortest:g} and {longest:g}"
+            )
         search = Search(
             kl_threshold=self._value("kl_threshold_nats") or self._info.kl_threshold,
             positions=self._value("positions"),
             motions=self._value("motions"),
-            min_length=self._value("min_length_px"),
-            max_length=self._value("max_length_px") or np.inf,
+            min_length=shortest,
+            max_length=longest,
             seed=request.seed,
         )
         moving = request.goal == PlanPoke.Request.MOVE
@@ -195,12 +207,11 @@ class PokePlanner(Node):
         discs = _rows("keep_out", request.keep_out, 3)
         if request.goal == PlanPoke.Request.EXPLORE:
             return explore(size, search, tolerance, discs)
-        keep = read_queries(request.keep)
         goal = Goal(
             point=point,
             motion=motion,
             tolerance=tolerance,
-            keep=np.zeros((0, 2)) if keep is None else keep,
+            keep=_rows("keep", request.keep, 2),
             keep_out=discs,
         )
         return plan(goal, size, search, depth)
@@ -285,6 +296,7 @@ class PokePlanner(Node):
         plane = Plane.of(self._camera_info, size)
         best = max(float(chosen.score[0]), 1e-9)
         opacity = np.clip(chosen.score / best, 0.1, 1.0)
+        opacity[0] = 1.0  # be its score 0 or less
         arrows = [
             poke_arrow("plan", rank, plane, xy, flow, float(opacity[rank]))
             for rank, (xy, flow) in enumerate(zip(chosen.pokes.xy, chosen.pokes.flow, strict=True))

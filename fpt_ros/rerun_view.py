@@ -38,6 +38,9 @@ from fpt_ros.markers import DEPTH_M, MIN_ARROW_PX, Plane
 from fpt_ros.messages import distribution_from_msg, read_pokes
 from fpt_ros.pokes import Size
 
+FLUSH_S = 5.0
+"""So long a viewer may take for what is left at the end."""
+
 TIMELINE = "stamp"
 """Rerun's timeline: the stamp of the image that a message is about."""
 
@@ -109,6 +112,7 @@ class RerunLog:
         self._info: CameraInfo | None = None
         self._camera: tuple[Any, ...] = ()  # the one logged last
         self._size: Size | None = None
+        self._frame = ""  # in which space is shown: the image's
         self._namespaces: set[str] = set()  # of markers on display
         self._handlers: dict[str, Callable[[Any], None]] = {
             "image": self._log_image,
@@ -125,6 +129,10 @@ class RerunLog:
         self._log("space", rr.ViewCoordinates.RDF, static=True)
         classes = [(0, "", (0, 0, 0, 0)), (1, "moves along", (*MASK_COLOUR, 255))]
         self._log("/", rr.AnnotationContext(classes), static=True)
+
+    def begin(self) -> None:
+        """Another bag begins: messages without a stamp wait for its first stamp."""
+        self._latest_ns = 0
 
     def log(self, name: str, msg: Any) -> None:
         """Show a message of the topic called ``name`` in TYPES.
@@ -153,7 +161,7 @@ class RerunLog:
 
     def _log_image(self, msg: Image | CompressedImage) -> None:
         pixels = image_to_rgb(msg)
-        self._size = (pixels.shape[0], pixels.shape[1])
+        self._size, self._frame = (pixels.shape[0], pixels.shape[1]), msg.header.frame_id
         self._log_camera()
         self._log(f"{_CAMERA}/image", rr.Image(pixels))
 
@@ -277,6 +285,11 @@ class RerunLog:
             self._log(f"space/markers/{ns}", what)
 
     def _log_points(self, msg: PointCloud2) -> None:
+        if self._size is not None and msg.header.frame_id != self._frame:
+            raise ValueError(
+                f"its points are in the frame {msg.header.frame_id!r}, expected the image's, "
+                f"{self._frame!r}: without the node's target_frame"
+            )
         points = read_points(msg)
         xyz = np.stack([points[axis] for axis in "xyz"], -1)
         seen = np.isfinite(xyz).all(-1)
@@ -360,7 +373,10 @@ class ViewNode(Node):
 
     def destroy_node(self) -> None:
         """Write out what is logged, then destroy as usual."""
-        self._recording.flush()
+        try:
+            self._recording.flush(timeout_sec=FLUSH_S)
+        except RuntimeError as error:  # the viewer is not there, or no longer
+            self.get_logger().warning(f"not all is shown: {error}")
         super().destroy_node()
 
 

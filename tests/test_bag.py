@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import resource
+import struct
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -322,6 +323,59 @@ def test_an_image_takes_its_depth_whenever_that_was_recorded(run, tmp_path: Path
         np.testing.assert_allclose(found[:, 3:6], expected.flow, atol=1e-4)
     assert "refused, depth: 1; the first: no depth within 20 ms of the image's stamp" in stdout
     assert "refused, malformed: 1" in stdout
+
+
+def without_index(source: Path, to: Path) -> Path:
+    """A bag as one MCAP file without chunks and summary, as a fast recorder leaves it."""
+
+    def record(opcode: int, content: bytes) -> bytes:
+        return struct.pack("<BQ", opcode, len(content)) + content
+
+    def text(value: str) -> bytes:
+        return struct.pack("<I", len(value.encode())) + value.encode()
+
+    magic = b"\x89MCAP0\r\n"
+    parts = [magic, record(1, text("ros2") + text("test"))]
+    with Reader(source) as bag:
+        channels = {}
+        for number, connection in enumerate(bag.connections, start=1):
+            channels[connection.id] = number
+            definition = connection.msgdef.data.encode()
+            schema = struct.pack("<H", number) + text(connection.msgtype) + text("ros2msg")
+            parts.append(record(3, schema + struct.pack("<I", len(definition)) + definition))
+            channel = struct.pack("<HH", number, number) + text(connection.topic) + text("cdr")
+            parts.append(record(4, channel + struct.pack("<I", 0)))
+        for order, (connection, at, data) in enumerate(bag.messages()):
+            head = struct.pack("<HIQQ", channels[connection.id], order, at, at)
+            parts.append(record(5, head + data))
+    parts += [record(15, bytes(4)), record(2, bytes(20)), magic]
+    to.write_bytes(b"".join(parts))
+    return to
+
+
+def test_depth_is_found_in_a_bag_without_an_index(run, tmp_path: Path) -> None:
+    model = save_small_model(tmp_path / "fpt-test-3d.safetensors", flow_dim=3)
+    depth = np.ones((HEIGHT, WIDTH), np.float32)
+    info = CameraInfo(header=header(None), height=HEIGHT, width=WIDTH)
+    info.p[0], info.p[5], info.p[2], info.p[6], info.p[10] = 60.0, 62.0, 31.0, 24.5, 1.0
+    entries = [Entry(0, "/camera_info", info)]
+    entries += [
+        entry
+        for i in range(3)
+        for entry in (
+            Entry(i, "/image", image(i, i)),
+            Entry(i + 0.1, "/depth", array_to_image(depth, "32FC1", header(i))),
+        )
+    ]
+    source = without_index(write_bag(tmp_path / "in", entries), tmp_path / "plain.mcap")
+    out = tmp_path / "out.mcap"
+    code, stdout, stderr = run(
+        source, "--out", out, "--model", model, *SMALL, "--output", "occlusion"
+    )
+    assert code == 0, stderr
+    assert "3 images read" in stdout
+    found = of_topic(read_bag(out), "/fpt/occlusion", Image)
+    assert [stamp_ns(m.header) for m in found] == [ns(i) for i in range(3)]
 
 
 def test_a_planar_model_leaves_alone_what_is_called_depth(run, model: Path, tmp_path: Path) -> None:

@@ -25,7 +25,16 @@ from node_harness import (
     save_small_model,
     wait_until,
 )
-from node_user import HEIGHT, SETTINGS, WIDTH, User, picture, running_node, values_of
+from node_user import (
+    HEIGHT,
+    RELIABLE,
+    SETTINGS,
+    WIDTH,
+    User,
+    picture,
+    running_node,
+    values_of,
+)
 from rcl_interfaces.msg import Parameter, ParameterType, ParameterValue
 from rcl_interfaces.srv import SetParameters
 from sensor_msgs.msg import Image
@@ -35,7 +44,7 @@ from visualization_msgs.msg import Marker, MarkerArray
 from fpt_msgs.msg import PokeArray, RankedPoke
 from fpt_msgs.srv import PlanPoke
 from fpt_ros.environment import claim_domain_id
-from fpt_ros.images import flat_array
+from fpt_ros.images import array_to_image, flat_array
 from fpt_ros.pipeline import View, answer_asks
 from fpt_ros.planning import Goal, Plan, Search, Steps, explore, plan
 
@@ -68,6 +77,12 @@ class Set(NamedTuple):
             fields[name] = flat_array("f", np.array(fields.get(name, []), np.float32))
         request = PlanPoke.Request(**{"header": self.header, **fields})
         return self.user.client.call(PlanPoke, "/poke_planner/plan_poke", request, 60.0)
+
+    def set_length_px(self, name: str, length: float) -> None:
+        value = ParameterValue(type=ParameterType.PARAMETER_DOUBLE, double_value=length)
+        request = SetParameters.Request(parameters=[Parameter(name=name, value=value)])
+        done = self.user.client.call(SetParameters, "/poke_planner/set_parameters", request)
+        assert done.results[0].successful, done.results[0].reason
 
     def planned(self, steps: Steps) -> Plan:
         """By the library itself."""
@@ -211,7 +226,8 @@ def test_markers_show_the_ranked_pokes(nodes: Set) -> None:
         ({"dx": 0.0, "dy": 0.0}, "motion must not be zero"),
         ({"dz": 0.1}, "a goal with dz=0.1 m needs depth: the FPT node's model is planar"),
         ({"tolerance": -1.0}, "tolerance must be > 0 px, received -1"),
-        ({"keep": [1.0]}, "must be x, y pairs, received 1 values"),
+        ({"keep": [1.0]}, "keep must be rows of 2, received 1 values"),
+        ({"keep": [[1.0, float("nan")]]}, "keep must be finite"),
         ({"keep": [[70.0, 0.0]]}, "point to keep 0 of 1 at x=70"),
         ({"keep_out": [1.0, 2.0]}, "keep_out must be rows of 3, received 2 values"),
         ({"keep_out": [[1.0, 2.0, float("nan")]]}, "keep_out must be finite"),
@@ -249,6 +265,34 @@ def test_an_fpt_node_that_hangs_is_given_up(nodes: Set) -> None:
         set_timeout(60.0)
     assert answer.message == "/fpt/predict_flow has not answered for 1 s (timeout_s)"
     assert nodes.ask(**GOAL).success
+
+
+def test_contradicting_limits_are_named(nodes: Set) -> None:
+    nodes.set_length_px("min_length_px", 50.0)
+    nodes.set_length_px("max_length_px", 20.0)
+    try:
+        answer = nodes.ask(**GOAL)
+    finally:
+        nodes.set_length_px("min_length_px", 0.0)
+        nodes.set_length_px("max_length_px", 0.0)
+    expected = "min_length_px must not be above max_length_px, received 50 and 20"
+    assert answer.message == expected
+    assert nodes.ask(**GOAL).success
+
+
+def test_an_image_without_a_stamp_cannot_be_planned_on(model: Path) -> None:
+    with running_node(model, **RELIABLE) as user, start_planner(user.domain) as planner:
+        user.client.advertise(Image, "/image", 1)
+        planner.wait_for("planning with /fpt/evaluate_pokes")
+        image = array_to_image(picture(), "rgb8", Header())
+
+        def ask() -> str:
+            user.client.publish("/image", image)
+            request = PlanPoke.Request(**GOAL)
+            return user.client.call(PlanPoke, "/poke_planner/plan_poke", request, 60.0).message
+
+        wait_until(lambda: "received an image with stamp 0" in ask(), 60.0)
+        assert planner.interrupt() == 0, planner.output
 
 
 def test_two_plans_at_once(nodes: Set) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -266,6 +266,13 @@ def test_points_to_keep_decide_where_to_poke() -> None:
     assert not left[0]
     free = follow(plan(Goal(point, motion, 2.0), SIZE, SEARCH), coupled)
     np.testing.assert_array_equal(free.disturbance, 0)
+
+
+@pytest.mark.parametrize("motions", [1, 2, 3])
+def test_few_motions_are_tried_in_each_place(motions: int) -> None:
+    goal = Goal(np.array([60.0, 50.0]), None, 3.0)
+    found = follow(plan(goal, SIZE, replace(SEARCH, motions=motions)), drawer)
+    assert 0 < len(found) <= SEARCH.positions * motions
 
 
 def test_a_part_is_opened_along_the_way_that_it_can_go() -> None:

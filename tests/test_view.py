@@ -249,6 +249,7 @@ def test_duration_ends_it_where_nothing_comes(tmp_path: Path) -> None:
             ["is of type std_msgs"],
         ),
         (["{in}", "--output", "masks"], ["one of distribution, mask", "'masks'"]),
+        (["{in}", "--connect", "desk:9876"], ["--connect must be", "'desk:9876'"]),
     ],
 )
 def test_a_users_mistake_is_one_line_and_exit_2(
@@ -267,6 +268,34 @@ def test_images_without_a_stamp_are_refused() -> None:
     with pytest.raises(ValueError, match="its stamp is 0"):
         log.log("image", array_to_image(np.zeros((4, 6, 3), np.uint8), "rgb8", Header()))
     log.log("image", array_to_image(np.zeros((4, 6, 3), np.uint8), "rgb8", header(0.0)))
+
+
+def test_points_in_another_frame_than_the_image_are_refused() -> None:
+    log = RerunLog(rerun.RecordingStream("test"))
+    log.log("image", array_to_image(np.zeros((4, 6, 3), np.uint8), "rgb8", header(0.0)))
+    moved = cloud()
+    log.log("fpt/points", moved)
+    moved.header.frame_id = "base_link"
+    with pytest.raises(ValueError, match="in the frame 'base_link', expected the image's"):
+        log.log("fpt/points", moved)
+
+
+def test_standing_pokes_of_a_second_bag_are_shown_from_its_first_image(run, tmp_path: Path) -> None:
+    black = np.zeros((4, 6, 3), np.uint8)
+    late = write_bag(
+        tmp_path / "late", [Entry(9.0, "/image", array_to_image(black, "rgb8", header(9.0)))]
+    )
+    early = write_bag(
+        tmp_path / "early",
+        [
+            Entry(0.5, "/pokes", pokes_to_msg(POKE, Header())),
+            Entry(1.0, "/image", array_to_image(black, "rgb8", header(1.0))),
+        ],
+    )
+    code, _, stderr = run(late, early, "--out", tmp_path / "v.rrd")
+    assert code == 0, stderr
+    rows = logged(tmp_path / "v.rrd")["space/camera/pokes Arrows2D:vectors"]
+    assert [stamp for stamp, _ in rows] == [stamp_ns(header(1.0))]
 
 
 def test_points_that_do_not_fit_are_refused() -> None:

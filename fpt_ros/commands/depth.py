@@ -33,9 +33,9 @@ def read_depth_file(path: Path, intrinsics: str | None, size: tuple[int, int]) -
             values = np.load(path, allow_pickle=False)
         else:
             values = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
-    except (ValueError, cv2.error) as error:
+    except (ValueError, OSError, EOFError, cv2.error) as error:
         raise UserError(f"--depth: cannot read {str(path)!r}: {error}") from error
-    if values is None:
+    if not isinstance(values, np.ndarray):  # OpenCV's None, or an archive of several
         raise UserError(f"--depth: expected a picture or .npy, received {str(path)!r}")
     if values.dtype == np.float64:
         values = values.astype(np.float32)

@@ -74,8 +74,12 @@ def evaluate(
     from fpt_model import CheckpointError
     from fpt_model.checkpoint import resolve_model, shipped_model_folders
     from fpt_model.engine import BackendError
-    from training.evaluation import run
-    from training.evaluation.suite import EvaluationError, Suite
+
+    try:
+        from training.evaluation import run
+        from training.evaluation.suite import EvaluationError, Suite
+    except ImportError as error:
+        raise UserError(f"evaluation needs matplotlib and tqdm (pip install): {error}") from error
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:

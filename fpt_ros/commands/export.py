@@ -66,7 +66,10 @@ def export(
         for graph in halves.values():
             size = (out / graph.file).stat().st_size / 1e6
             print(f"{out / graph.file}: {size:.1f} MB, sha256 {graph.sha256}")
+    first = next(iter(manifest.graphs))
+    as_precision = "" if "fp32" in manifest.graphs else f" --precision {first}"
     print(
         f"{manifest.model}, opset {manifest.opset}, licence of the weights {manifest.licence}; "
         f"compare with PyTorch: fpt check --model {model} --backend onnxruntime --graphs {out}"
+        f"{as_precision}"
     )

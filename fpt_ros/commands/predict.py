@@ -22,7 +22,7 @@ from fpt_model.geometry import normalised_to_pixels
 from fpt_model.ply import write_ply
 from fpt_model.visualize import draw_overlay
 from fpt_ros.commands.arguments import UserError, parse_grid, parse_poke, parse_query
-from fpt_ros.commands.depth import read_depth_file, scene_columns, show
+from fpt_ros.commands.depth import Columns, read_depth_file, scene_columns, show
 from fpt_ros.commands.media import Frames, FramesWriter, RGBImage
 from fpt_ros.commands.model import (
     BackendOption,
@@ -129,6 +129,8 @@ def predict(
     frames = Frames(image)
     if frames.is_video and not (out or as_json):
         raise UserError(f"{str(image)!r} is a video: expected --out overlay.mp4, or --json")
+    if out and out.exists() and out.samefile(image):
+        raise UserError(f"--out would overwrite what is read, {str(image)!r}")
     writer = FramesWriter(out, frames.is_video, frames.fps) if out else None
 
     from fpt_ros.pipeline import Answer, Settings, View
@@ -143,6 +145,11 @@ def predict(
         on_grid = normalised_to_pixels(grid_points(cells), frames.size)
         queries = np.concatenate([queries, on_grid])
     predictor = load_predictor(model, backend, precision, graphs, providers, device)
+    if predictor.config.flow_dim == 2 and (np.nan_to_num(pokes.dz) != 0).any():
+        raise UserError(
+            f"a poke in depth needs a three-dimensional model, {predictor.config.name} is planar; "
+            f"received dz={pokes.dz[np.nan_to_num(pokes.dz) != 0][0]:g}"
+        )
     settings = Settings(camera_static=not moving_camera, full_resolution=False)
     measured = _depth(depth, intrinsics, ply, view, frames, predictor.config)
     if ply or view:
@@ -169,7 +176,7 @@ def predict(
             if ply or view:
                 columns = scene_columns(answer)
             if ply:
-                write_ply(ply, columns)
+                _write_ply(ply, columns)
     for path in (out, ply):
         if path and not as_json:
             print(f"wrote {path}")
@@ -199,6 +206,13 @@ def _depth(
     if ply is not None and not ply.resolve().parent.is_dir():
         raise UserError(f"--ply must be in an existing folder, received {str(ply)!r}")
     return read_depth_file(depth, intrinsics, frames.size)
+
+
+def _write_ply(path: Path, columns: Columns) -> None:
+    try:
+        write_ply(path, columns)
+    except OSError as error:
+        raise UserError(f"--ply: cannot write {str(path)!r}: {error}") from error
 
 
 def _check_depth(view: View, pokes: Pokes) -> None:

@@ -66,9 +66,15 @@ def train(
     """
     import yaml
 
-    from training.config import RunConfig
-    from training.devices import launch
-    from training.train import Trainer, log_from_first
+    try:
+        from training.config import RunConfig
+        from training.devices import launch
+        from training.train import Trainer, log_from_first
+    except ImportError as error:
+        raise UserError(
+            "training needs lightning-fabric, matplotlib, tensorboard and tqdm "
+            f"(pip install): {error}"
+        ) from error
 
     try:
         chosen = RunConfig.load(config, [*(QUICK if quick else ()), *(overrides or [])])

@@ -75,7 +75,7 @@ def view(
     try:
         import rerun as rr
 
-        from fpt_ros.rerun_view import TYPES, ViewNode
+        from fpt_ros.rerun_view import FLUSH_S, TYPES, ViewNode
     except ImportError as error:
         raise UserError(
             f"the view needs ROS 2 with fpt_msgs, and Rerun (pip install rerun-sdk): {error}"
@@ -94,6 +94,10 @@ def view(
     if source:
         recording = _recording(out, connect)
         _show_bags(source, topics, recording)
+        try:
+            recording.flush(timeout_sec=FLUSH_S)
+        except RuntimeError as error:
+            raise UserError(f"the viewer did not take it: {error}") from error
         rr.disconnect(recording)
         return
 
@@ -116,7 +120,13 @@ def _recording(out: Path | None, connect: str | None) -> rr.RecordingStream:
             )
         recording.save(out)
     elif connect is not None:
-        recording.connect_grpc(connect)
+        try:
+            recording.connect_grpc(connect)
+        except RuntimeError as error:
+            raise UserError(
+                f"--connect must be a viewer's address such as rerun+http://HOST:9876/proxy, "
+                f"received {connect!r}: {error}"
+            ) from error
     else:
         recording.spawn()
     return recording
@@ -131,6 +141,7 @@ def _show_bags(source: list[Path], topics: dict[str, str], recording: rr.Recordi
 
     log, shown, bad = RerunLog(recording), Counter[str](), list[str]()
     for path in source:
+        log.begin()
         try:
             with bags.open_bag(path) as bag:
                 found = bags.find_topics(bag, topics, TYPES)
