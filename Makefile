@@ -34,7 +34,7 @@ demo: bootstrap
 
 test: bootstrap
 	@echo "[test] running the tests"
-	@$(RUN) -m pytest $(PYTEST_ARGS)
+	@export FPT_BOOTSTRAPPED=1 && $(RUN) -m pytest $(PYTEST_ARGS)
 
 lint: bootstrap
 	$(PYTHON_IN_VENV) -m ruff check $(wildcard $(LINTED))

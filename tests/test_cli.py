@@ -17,9 +17,11 @@ import numpy as np
 import pytest
 import reference_weights
 import torch
+from closeness import assert_close
 from node_harness import save_small_model
+from test_reference import OWN, SMALL, SMALL_SEED
 
-from fpt_model import FlowMixture, FlowPredictor, load_model
+from fpt_model import FlowMixture, FlowPredictor, checkpoint, load_model
 from fpt_ros.cli import main
 
 HEIGHT, WIDTH, FRAMES = 120, 160, 5
@@ -222,6 +224,8 @@ def test_video_as_json_is_one_line_a_frame(run, folder):
         (["box.png", "--poke", "1,2,3,4", "--out", "{}/o.text"], ["o.text", ".png"]),
         (["box.mp4", "--poke", "1,2,3,4", "--out", "{}/o.png"], ["o.png", ".mp4"]),
         (["box.mp4", "--poke", "1,2,3,4"], ["box.mp4", "is a video", "--out"]),
+        (["box.mp4", "--poke", "1,2,3,4", "--out", "{}/box.mp4"], ["would overwrite", "box.mp4"]),
+        (["box.png", "--poke", "1,2,3,4,0.5"], ["dz=0.5", "fpt-tiny is planar"]),
     ],
 )
 def test_a_users_mistake_is_one_line_and_exit_2(run, folder, arguments, named):
@@ -257,18 +261,41 @@ def test_help_describes_every_option(run):
 
 
 class TestConvert:
-    def test_published_layout_to_safetensors(self, run: Run, tmp_path: Path) -> None:
-        """A seeded state dict of the public implementation, as its checkpoint files hold it."""
-        shapes = json.loads((Path(__file__).parent / "fixtures" / "parity_shapes.json").read_text())
-        state = reference_weights.state_dict(77, shapes)
+    @pytest.mark.parametrize("mapped", [True, False])
+    def test_published_layout_to_safetensors(
+        self, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mapped: bool
+    ) -> None:
+        """A small seeded state dict of the public implementation, as its checkpoint files hold it.
+
+        Its outputs are those of the parity fixture, see test_reference.py.
+        """
+        shapes = json.loads((OWN / "parity_shapes.json").read_text())
+        state = reference_weights.state_dict(SMALL_SEED, shapes)
         source, out = tmp_path / "small.pt", tmp_path / "small.safetensors"
-        torch.save({"model": state, "step": 3}, source)
-        result = run("convert", source, out)
+        # torch's older files cannot be mapped into memory
+        torch.save({"model": state, "step": 3}, source, _use_new_zipfile_serialization=mapped)
+        assert checkpoint._can_map(source) == mapped
         # the published file is fpt-base: a smaller one is refused at its first tensor
+        result = run("convert", source, out)
         assert result.returncode == 2
         assert "image_embedder.model.cls_token" in result.stderr
         assert "expected" in result.stderr
         assert not out.exists()
+
+        monkeypatch.setattr(checkpoint, "FPT_BASE", SMALL)
+        monkeypatch.setattr(checkpoint._MappedFile, "_LIMIT", 0)  # opened for every tensor
+        result = run("convert", source, out)
+        assert result.returncode == 0, result.stderr
+        t = reference_weights.inputs(SMALL_SEED, 112, batch=2, pokes=5, queries=12)
+        points = t["poke_pos"], t["poke_flow"], t["query_pos"]
+        for file in (source, out):
+            model = load_model(file)
+            assert model.config == SMALL
+            with torch.no_grad():
+                raw = model.forward_raw(
+                    model.encode(t["image"]), *points, torch.tensor([True, False])
+                )
+            assert_close(raw, np.load(OWN / "parity_outputs.npz")["raw"], 1e-5)
 
     def test_other_types_and_mistakes(self, run: Run, folder: Path, tmp_path: Path) -> None:
         model_file, out = folder / "small.safetensors", tmp_path / "half.safetensors"

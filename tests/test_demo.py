@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import cv2
@@ -36,30 +38,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_small_model(tmp_path_factory.mktemp("demo") / "small.safetensors")
 
 
-def start(*arguments: object) -> subprocess.Popen[str]:
-    environment = {k: v for k, v in os.environ.items() if k != "ROS_DOMAIN_ID"}
-    return subprocess.Popen(
-        [sys.executable, "-u", "-m", "fpt_ros.demo", *map(str, arguments)],
-        cwd=ROOT,
-        env={**environment, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def run(*arguments: object) -> tuple[int, str, str]:
-    process = start(*arguments)
-    try:
-        output, errors = process.communicate(timeout=240)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGTERM)
-        output, errors = process.communicate(timeout=60)
-        pytest.fail(f"the demo did not end:\n{output}{errors}")
-    return process.returncode, output, errors
-
-
 def processes_that_log_below(folder: Path) -> list[str]:
     """Ids of running processes whose standard output is a file there, by Linux's /proc."""
     found = []
@@ -73,21 +51,58 @@ def processes_that_log_below(folder: Path) -> list[str]:
     return found
 
 
-def test_simulated_scene(model, tmp_path):
+@contextmanager
+def demo(out: Path, *arguments: object) -> Iterator[subprocess.Popen[str]]:
+    """The demo as a process; killed with its nodes if it still runs at the end of the context."""
+    environment = {k: v for k, v in os.environ.items() if k != "ROS_DOMAIN_ID"}
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-m", "fpt_ros.demo", *map(str, arguments), "--out", str(out)],
+        cwd=ROOT,
+        env={**environment, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
+            # in process groups of their own
+            for node in processes_that_log_below(out.parent / "logs"):
+                with suppress(ProcessLookupError):
+                    os.kill(int(node), signal.SIGKILL)
+
+
+def run(out: Path, *arguments: object) -> tuple[int, str, str]:
+    with demo(out, *arguments) as process:
+        try:
+            output, errors = process.communicate(timeout=240)
+        except subprocess.TimeoutExpired:
+            process.terminate()
+            output, errors = process.communicate(timeout=60)
+            pytest.fail(f"the demo did not end:\n{output}{errors}")
+    return process.returncode, output, errors
+
+
+def test_simulated_scene(tmp_path):
+    """With the shipped model, whose answer is near the simulation's truth."""
     out = tmp_path / "overlay.png"
-    code, output, errors = run("--scene", "drawer:6", "--model", model, "--out", out)
+    code, output, errors = run(out, "--scene", "door:1", "--model", "fpt-tiny")
     assert code == 0, output + errors
-    assert "scene 1 of 1: drawer" in output
+    assert "scene 1 of 1: door" in output
     summary = re.search(
-        r"drawer: flow error ([\d.]+) px, of no motion ([\d.]+) px; "
-        r"IoU of the moving part ([\d.]+); latency (\d+) ms \(median of \d+\)",
+        r"door: flow error ([\d.]+) px, of no motion ([\d.]+) px; "
+        r"IoU of the moving part ([\d.]+); latency \d+ ms \(median of \d+\)",
         output,
     )
     assert summary, output
-    error, still_error, _, latency = map(float, summary.groups())
+    error, still_error, iou = map(float, summary.groups())
     assert still_error > 0.5  # the simulation's truth does move
-    assert error != still_error  # and so does the prediction
-    assert 1 < latency < 5000
+    assert error < still_error
+    assert iou > 0.4
     picture = cv2.imread(str(out))
     assert picture.shape[1] > 3 * 480  # three panels of 480 x 360 px
     assert all(panel.std() > 20 for panel in np.array_split(picture, 3, axis=1))
@@ -104,7 +119,7 @@ def test_own_large_picture(model, tmp_path):
     cv2.imwrite(str(path), picture)
     out = tmp_path / "overlay.png"
     code, output, errors = run(
-        *("--image", path, "--poke", "800,450,100,0 600,400,100,0", "--model", model, "--out", out)
+        out, "--image", path, "--poke", "800,450,100,0 600,400,100,0", "--model", model
     )
     assert code == 0, output + errors
     assert "reduced to 1280 x 720 px" in output
@@ -116,13 +131,11 @@ def test_own_large_picture(model, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_interrupted_demo_ends_its_nodes(model, tmp_path, number):
-    process = start("--scene", "drawer:6", "--model", model, "--out", tmp_path / "overlay.png")
-    try:
+    with demo(tmp_path / "overlay.png", "--scene", "drawer:6", "--model", model) as process:
         deadline = time.monotonic() + 60
         while len(processes_that_log_below(tmp_path / "logs")) < 3:
             assert time.monotonic() < deadline
             time.sleep(0.05)
-    finally:
         process.send_signal(number)
         process.communicate(timeout=60)
     assert process.returncode == 128 + number
@@ -130,7 +143,7 @@ def test_interrupted_demo_ends_its_nodes(model, tmp_path, number):
 
 
 def test_node_that_dies_is_named_with_its_log(model, tmp_path):
-    code, _, errors = run("--scene", "teapot:1", "--model", model, "--out", tmp_path / "o.png")
+    code, _, errors = run(tmp_path / "o.png", "--scene", "teapot:1", "--model", model)
     assert code == 1
     assert "sim_camera ended with code" in errors
     assert "teapot" in errors
@@ -161,11 +174,6 @@ def test_a_users_mistake_is_one_line_and_exit_2(model, tmp_path, capsys, argumen
     assert output == ""
     assert errors.count("\n") == 1, errors
     assert named in errors
-
-
-def test_a_mistake_ends_the_process_with_code_2(model):
-    code, _, errors = run("--scene", "drawer", "--model", model)
-    assert (code, errors.count("\n")) == (2, 1)
 
 
 def test_spread_points_lie_inside_and_apart():

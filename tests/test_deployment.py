@@ -12,10 +12,13 @@ import subprocess
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from contextlib import suppress
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import cv2
+import numpy as np
 import pytest
 import yaml
 from node_harness import ROOT, Client, save_small_model, wait_until
@@ -243,6 +246,24 @@ def test_fpt_commands_in_the_pages_have_the_options_they_use() -> None:
     assert {"bag", "view", "predict", "export", "check", "eval", "train"} <= seen
 
 
+@pytest.mark.parametrize("module", ["sim.dataset", "training.tracks"])
+def test_modules_in_the_pages_have_the_options_they_use(
+    module: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", [module, "--help"])
+    with pytest.raises(SystemExit):
+        import_module(module).main()
+    usage = capsys.readouterr().out.split("\n\n")[0]
+    known = set(re.findall(r"--[\w-]+", usage))
+    seen = 0
+    for page, words in commands_of(PAGES):
+        if words[1:3] == ["-m", module]:
+            used = {word for word in words if word.startswith("--")}
+            assert used <= known, f"{page}: {module} has no {sorted(used - known)}"
+            seen += 1
+    assert seen > 0
+
+
 def test_launch_commands_in_the_pages_have_the_arguments_they_use() -> None:
     pytest.importorskip("launch_ros")
     known = {file: launch_arguments(file).keys() for file in ("fpt.launch.py", "sim.launch.py")}
@@ -255,6 +276,25 @@ def test_launch_commands_in_the_pages_have_the_arguments_they_use() -> None:
                         assert word.partition(":=")[0] in arguments, f"{page}: {word}"
                         seen += 1
     assert seen > 5
+
+
+def test_the_python_of_the_readme_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    picture = np.full((120, 160, 3), 190, np.uint8)
+    cv2.rectangle(picture, (40, 30), (110, 90), (180, 90, 60), -1)
+    cv2.imwrite(str(tmp_path / "photo.jpg"), picture)
+    monkeypatch.chdir(tmp_path)
+    read: dict[str, Any] = {}
+    exec(code, read)
+    mixture, mask = read["mixture"], read["mask"]
+    assert len(mixture) == 1
+    assert 0.02 < mixture.mean()[0, 0] < 0.1  # the box moves, by fractions, as it is poked
+    assert (mask.shape, mask.dtype) == ((64, 64), bool)
+    assert mask[32, 32]
+    assert not mask[0, 0]
+    assert str(mixture.mean()) in capsys.readouterr().out
 
 
 def test_make_targets_in_the_pages_exist() -> None:

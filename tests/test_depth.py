@@ -321,6 +321,27 @@ def test_a_poke_in_the_image_leaves_its_depth_open() -> None:
         predictor.predict(scene, pos, flow * np.nan, queries)
 
 
+@pytest.mark.parametrize("seed", [1, 4, 10])
+def test_the_shipped_model_of_depth_follows_pokes_in_depth(seed: int) -> None:
+    """A free body poked sideways, which in the picture alone may come nearer or go away."""
+    predictor = FlowPredictor.load("fpt-tiny-3d")
+    assert predictor.config.flow_dim == 3
+    world = Simulator("body", seed, (160, 160))
+    frame, future = world.render(), world.sample_future(np.random.default_rng(0))
+    truth = dense_flow(
+        frame.depth, frame.bodies, frame.intrinsics, frame.camera_pose, future.body_motion
+    )
+    lengths = np.linalg.norm(truth.flow, axis=-1)
+    row, column = np.unravel_index(np.nanargmax(lengths), lengths.shape)
+    poked, scene = (np.array([[column, row]]) + 0.5) / 160, predictor.encode(frame.rgb)
+
+    def depth(dz: float) -> float:
+        return float(predictor.predict(scene, poked, [[0.1, 0, dz]], poked).mean()[0, 2])
+
+    assert depth(-0.1) < -0.005
+    assert depth(0.1) > 0.02
+
+
 # --- training --------------------------------------------------------------------------------
 
 
@@ -466,6 +487,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     frame = Simulator("drawer", 1, (48, 64)).render()
     cv2.imwrite(str(out / "photo.png"), frame.rgb[..., ::-1])
     np.save(out / "depth.npy", frame.depth)
+    (out / "empty.npy").touch()
+    with (out / "several.npy").open("wb") as file:
+        np.savez(file, one=frame.depth, two=frame.depth)
     cv2.imwrite(str(out / "depth.png"), (frame.depth * 1000).round().astype(np.uint16))
     cv2.imwrite(str(out / "small.png"), np.ones((24, 32), np.uint16))
     save_model(seeded(replace(SMALL, flow_dim=3)), out / "solid.safetensors")
@@ -546,6 +570,9 @@ def test_fpt_predict_tells_metres_as_json(folder: Path, capsys: pytest.CaptureFi
         ("planar", ("--depth", "depth.npy"), "small has flow_dim 2"),
         ("solid", ("--ply", "out.ply"), "need --depth"),
         ("solid", ("--depth", "none.npy"), "no such file"),
+        ("solid", ("--depth", "empty.npy"), "cannot read"),
+        ("solid", ("--depth", "several.npy"), "expected a picture or .npy"),
+        ("solid", ("--depth", "depth.npy", "--ply", "."), "--ply: cannot write"),
         ("solid", ("--depth", "small.png"), "picture's size 64 x 48"),
         ("solid", ("--depth", "photo.png"), "received uint8 of shape (48, 64, 3)"),
         ("solid", ("--depth", "depth.npy", "--intrinsics", "0,1,2,3"), "fx=0"),

@@ -15,7 +15,6 @@ from importlib.machinery import SourceFileLoader
 from importlib.metadata import EntryPoint, entry_points, version
 from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
-from resource import RUSAGE_CHILDREN, getrusage
 from types import ModuleType
 from typing import Any
 
@@ -375,15 +374,13 @@ def test_stamps_survive_damage(bootstrap: ModuleType, tmp_path: Path) -> None:
 
 def test_second_run_does_nothing(bootstrap: ModuleType) -> None:
     stamps = bootstrap.read_stamps(bootstrap.STAMPS)
-    if any(stamps.get(name) != inputs for name, inputs, *_ in bootstrap.steps()):
+    changed = [name for name, inputs, *_ in bootstrap.steps() if stamps.get(name) != inputs]
+    if changed and "FPT_BOOTSTRAPPED" not in os.environ:  # which `make test` sets
         pytest.skip("sources have changed since tools/bootstrap ran")
-    before = getrusage(RUSAGE_CHILDREN)
+    assert not changed
     done = subprocess.run([ROOT / "tools" / "bootstrap"], capture_output=True, text=True)
-    after = getrusage(RUSAGE_CHILDREN)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == "[bootstrap] up to date\n"
-    busy_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    assert busy_s < 2  # of processor time, since the machine may be loaded; 0.2 usually
 
 
 def test_unsupported_python_is_named_with_the_cure(tmp_path: Path) -> None:

@@ -376,6 +376,21 @@ def test_the_energy_score_is_that_of_samples(flow_dim: int) -> None:
     assert np.corrcoef(score, sampled)[0, 1] > 0.98
 
 
+@pytest.mark.parametrize(
+    ("flow_dim", "mean_length"), [(2, np.sqrt(np.pi / 2)), (3, np.sqrt(8 / np.pi))]
+)
+def test_the_energy_score_of_a_round_gaussian_is_exact(flow_dim: int, mean_length: float) -> None:
+    """About its target; ``mean_length`` is that of standard Gaussian vectors."""
+    config = replace(CONFIG.model, flow_dim=flow_dim, components=1)
+    raw = torch.zeros(1, config.raw_dim)  # so the off-diagonal entries are zero
+    raw[:, 1 : 1 + flow_dim] = 2
+    _, means, tril = mixture_parameters(raw, config)
+    std = tril[0, 0, 0, 0].item()
+    score = energy_score(raw, means[:, 0], config).item()
+    # the difference of two draws is sqrt(2) times as long
+    assert score == pytest.approx(std * mean_length * (1 - np.sqrt(2) / 2), rel=1e-6)
+
+
 def test_the_energy_score_of_a_certain_prediction_is_its_error() -> None:
     config = replace(CONFIG.model, head="scaled")
     raw = torch.zeros(1, config.raw_dim)
