@@ -63,8 +63,6 @@ STOP_TIMEOUT_S = 10.0
 MAX_QUERIES_INSIDE = 5  # points asked for on the moving part ...
 MAX_QUERIES_OUTSIDE = 3  # ... and off it
 MAX_INCOMPLETE = 128  # images held until all that is of them has come: 13 s, where cores are busy
-    128  # images held until all that belongs to them has come: 13 s, on a loaded machine
-)
 PANEL_HEIGHT = 360  # px
 NO_POINTS = np.zeros((0, 2))
 
