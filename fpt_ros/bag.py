@@ -265,7 +265,9 @@ def process_bag(
         depths = None
         if inputs.get("depth"):
             # not the one that is being read: of MCAP without an index it would lose its place
-            depths = _Depths(stack.enter_context(open_bag(bag.path)), inputs["depth"][0].topic)
+            depths = _Depths(
+                stack.enter_context(open_bag(Path(str(bag.path)))), inputs["depth"][0].topic
+            )
 
         def recorder(name: str, msg_type: type, latched: bool = False) -> _Recorder:
             topic = full_name(f"fpt/{name}", namespace)
