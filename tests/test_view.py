@@ -199,7 +199,14 @@ def test_a_live_node_is_shown(model: Path, tmp_path: Path) -> None:
         )
         with view:
             view.wait_for("shows /image, /camera_info, /pokes, /fpt/distribution")
-            sent = [_poke_and_answer(user) for _ in range(4)]
+            sent: list[Header] = []
+
+            def shown() -> bool:  # what was sent before the viewer was connected is not
+                sent.append(_poke_and_answer(user))
+                return any("camera/mask SegmentationImage" in name for name in logged(out))
+
+            wait_until(shown)
+            sent.append(_poke_and_answer(user))
             time.sleep(0.5)  # the viewer has the last answer, too
             assert view.interrupt() == 0, view.output
         assert "Traceback" not in view.output
