@@ -16,8 +16,10 @@ from typing import Any, NamedTuple
 
 import rclpy
 import torch
+from rcl_interfaces.srv import SetParameters
 from rclpy.action import ActionClient, get_action_server_names_and_types_by_node
 from rclpy.executors import SingleThreadedExecutor
+from rclpy.parameter import Parameter
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
 
 from fpt_model import FlowPokeTransformer, FPTConfig, save_model
@@ -254,6 +256,13 @@ class Client:
         future = client.call_async(request)
         wait_until(future.done, timeout_s, lambda: f"{name} did not answer")
         return future.result()
+
+    def set_parameter(self, node: str, name: str, value: Any) -> Any:
+        """Set a parameter of the node with this full name; returns whether, or why not."""
+        request = SetParameters.Request(
+            parameters=[Parameter(name, value=value).to_parameter_msg()]
+        )
+        return self.call(SetParameters, f"{node}/set_parameters", request).results[0]
 
     def send_goal(
         self,

@@ -24,8 +24,6 @@ from lifecycle_msgs.msg import Transition
 from lifecycle_msgs.srv import ChangeState
 from node_harness import Client, Process, python_module
 from numpy.typing import NDArray
-from rcl_interfaces.srv import SetParameters
-from rclpy.parameter import Parameter
 from reference_weights import weight
 
 from fpt_model import (
@@ -577,9 +575,7 @@ def test_the_node_runs_what_was_asked_or_says_so(tiny: Exported) -> None:
             return client.call(ChangeState, "/fpt/change_state", request).success
 
         def set_parameter(name: str, value: Any) -> None:
-            parameter = Parameter(name, value=value).to_parameter_msg()
-            request = SetParameters.Request(parameters=[parameter])
-            assert client.call(SetParameters, "/fpt/set_parameters", request).results[0].successful
+            assert client.set_parameter("/fpt", name, value).successful
 
         def facts() -> dict[str, str]:
             client.received["/diagnostics"].clear()

@@ -43,8 +43,6 @@ from node_user import (
     running_node,
     values_of,
 )
-from rcl_interfaces.srv import SetParameters
-from rclpy.parameter import Parameter
 from rclpy.qos import DurabilityPolicy, QoSProfile
 from sensor_msgs.msg import Image
 from std_msgs.msg import Header
@@ -342,10 +340,7 @@ def test_lifecycle_and_laziness(model: Path) -> None:
             return client.call(ChangeState, "/left/fpt/change_state", request).success
 
         def set_parameter(name: str, value: str) -> Any:
-            request = SetParameters.Request(
-                parameters=[Parameter(name, value=value).to_parameter_msg()]
-            )
-            return client.call(SetParameters, "/left/fpt/set_parameters", request).results[0]
+            return client.set_parameter("/left/fpt", name, value)
 
         assert not change(Transition.TRANSITION_CONFIGURE)
         node.wait_for("cannot configure with model 'absent'")

@@ -27,8 +27,6 @@ from node_harness import (
     wait_until,
 )
 from node_user import DENSE, HEIGHT, NO_POKES, QUERIES, SETTINGS, WIDTH, User, picture, running_node
-from rcl_interfaces.srv import SetParameters
-from rclpy.parameter import Parameter
 from sensor_msgs.msg import CameraInfo, Image, PointCloud2, PointField
 from std_msgs.msg import Header
 from visualization_msgs.msg import Marker, MarkerArray
@@ -111,11 +109,8 @@ class DepthUser(User):
 
     def set(self, **values: Any) -> None:
         """Parameters of the node."""
-        request = SetParameters.Request(
-            parameters=[Parameter(k, value=v).to_parameter_msg() for k, v in values.items()]
-        )
-        response = self.client.call(SetParameters, "/fpt/set_parameters", request)
-        assert all(result.successful for result in response.results)
+        for name, value in values.items():
+            assert self.client.set_parameter("/fpt", name, value).successful
 
 
 @pytest.fixture(scope="module")

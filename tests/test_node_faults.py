@@ -31,8 +31,6 @@ from node_user import (
     running_node,
     values_of,
 )
-from rcl_interfaces.srv import SetParameters
-from rclpy.parameter import Parameter
 from safetensors.torch import save_file
 from sensor_msgs.msg import Image
 
@@ -166,10 +164,7 @@ def test_models_that_cannot_be_used(model: Path, tmp_path: Path, content: str, r
             "/diagnostics", lambda m: m.status[0].level == DiagnosticStatus.ERROR
         ).status[0]
         assert reason in failed.message
-        request = SetParameters.Request(
-            parameters=[Parameter("model", value=str(model)).to_parameter_msg()]
-        )
-        assert client.call(SetParameters, "/fpt/set_parameters", request).results[0].successful
+        assert client.set_parameter("/fpt", "model", str(model)).successful
         for transition in (
             Transition.TRANSITION_CONFIGURE,
             Transition.TRANSITION_ACTIVATE,

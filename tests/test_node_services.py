@@ -40,8 +40,6 @@ from node_user import (
     running_node,
     values_of,
 )
-from rcl_interfaces.srv import SetParameters
-from rclpy.parameter import Parameter
 from rclpy.qos import DurabilityPolicy, QoSProfile
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 from std_msgs.msg import Float64, Header
@@ -178,11 +176,8 @@ def test_parameters_take_effect_while_the_node_runs(user: User) -> None:
     points = {"queries": flat(QUERIES.ravel())}
 
     def set_parameter(name: str, value: Any) -> None:
-        request = SetParameters.Request(
-            parameters=[Parameter(name, value=value).to_parameter_msg()]
-        )
-        done = user.client.call(SetParameters, "/fpt/set_parameters", request)
-        assert done.results[0].successful, done.results[0].reason
+        done = user.client.set_parameter("/fpt", name, value)
+        assert done.successful, done.reason
 
     set_parameter("camera_static", False)
     set_parameter("kl_threshold_nats", 0.125)

@@ -35,8 +35,6 @@ from node_user import (
     running_node,
     values_of,
 )
-from rcl_interfaces.msg import Parameter, ParameterType, ParameterValue
-from rcl_interfaces.srv import SetParameters
 from sensor_msgs.msg import Image
 from std_msgs.msg import Header
 from visualization_msgs.msg import Marker, MarkerArray
@@ -78,11 +76,10 @@ class Set(NamedTuple):
         request = PlanPoke.Request(**{"header": self.header, **fields})
         return self.user.client.call(PlanPoke, "/poke_planner/plan_poke", request, 60.0)
 
-    def set_length_px(self, name: str, length: float) -> None:
-        value = ParameterValue(type=ParameterType.PARAMETER_DOUBLE, double_value=length)
-        request = SetParameters.Request(parameters=[Parameter(name=name, value=value)])
-        done = self.user.client.call(SetParameters, "/poke_planner/set_parameters", request)
-        assert done.results[0].successful, done.results[0].reason
+    def set_parameter(self, name: str, value: float) -> None:
+        """Of the planner."""
+        done = self.user.client.set_parameter("/poke_planner", name, value)
+        assert done.successful, done.reason
 
     def planned(self, steps: Steps) -> Plan:
         """By the library itself."""
@@ -249,32 +246,26 @@ def test_an_image_that_is_not_held_is_named(nodes: Set) -> None:
 
 
 def test_an_fpt_node_that_hangs_is_given_up(nodes: Set) -> None:
-    def set_timeout(seconds: float) -> None:
-        value = ParameterValue(type=ParameterType.PARAMETER_DOUBLE, double_value=seconds)
-        request = SetParameters.Request(parameters=[Parameter(name="timeout_s", value=value)])
-        done = nodes.user.client.call(SetParameters, "/poke_planner/set_parameters", request)
-        assert done.results[0].successful
-
-    set_timeout(1.0)
+    nodes.set_parameter("timeout_s", 1.0)
     pid = nodes.user.node.process.pid
     os.kill(pid, signal.SIGSTOP)
     try:
         answer = nodes.ask(**GOAL)
     finally:
         os.kill(pid, signal.SIGCONT)
-        set_timeout(60.0)
+        nodes.set_parameter("timeout_s", 60.0)
     assert answer.message == "/fpt/predict_flow has not answered for 1 s (timeout_s)"
     assert nodes.ask(**GOAL).success
 
 
 def test_contradicting_limits_are_named(nodes: Set) -> None:
-    nodes.set_length_px("min_length_px", 50.0)
-    nodes.set_length_px("max_length_px", 20.0)
+    nodes.set_parameter("min_length_px", 50.0)
+    nodes.set_parameter("max_length_px", 20.0)
     try:
         answer = nodes.ask(**GOAL)
     finally:
-        nodes.set_length_px("min_length_px", 0.0)
-        nodes.set_length_px("max_length_px", 0.0)
+        nodes.set_parameter("min_length_px", 0.0)
+        nodes.set_parameter("max_length_px", 0.0)
     expected = "min_length_px must not be above max_length_px, received 50 and 20"
     assert answer.message == expected
     assert nodes.ask(**GOAL).success

@@ -145,10 +145,11 @@ def predict(
         on_grid = normalised_to_pixels(grid_points(cells), frames.size)
         queries = np.concatenate([queries, on_grid])
     predictor = load_predictor(model, backend, precision, graphs, providers, device)
-    if predictor.config.flow_dim == 2 and (np.nan_to_num(pokes.dz) != 0).any():
+    in_depth = pokes.dz[np.nan_to_num(pokes.dz) != 0]
+    if predictor.config.flow_dim == 2 and len(in_depth):
         raise UserError(
             f"a poke in depth needs a three-dimensional model, {predictor.config.name} is planar; "
-            f"received dz={pokes.dz[np.nan_to_num(pokes.dz) != 0][0]:g}"
+            f"received dz={in_depth[0]:g}"
         )
     settings = Settings(camera_static=not moving_camera, full_resolution=False)
     measured = _depth(depth, intrinsics, ply, view, frames, predictor.config)
