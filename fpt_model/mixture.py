@@ -13,6 +13,7 @@ Array = NDArray[np.float64]
 Reduce = Literal["mean", "median", "mode"]
 
 _MEDIAN_STEPS = 30
+_MEDIAN_FLOOR = 1e-4  # of the common spread is kept: Weiszfeld's steps divide by distances
 
 
 def _logsumexp(x: Array, axis: int) -> Array:
@@ -156,9 +157,12 @@ class FlowMixture:
         """``[..., D]``: the motion with the least expected end-point error (geometric median).
 
         Where a point either stays or moves it says the likelier of the two, where the mean says
-        something between that never happens. The expected distance to a component is taken as
-        ``sqrt(|mu - x|^2 + tr Sigma)``, its bound by Jensen's inequality; the sum is convex and
-        falls with every step of Weiszfeld's (1937) iteration.
+        something between that never happens. The spread that even the narrowest component has is
+        taken for noise of what was learned from, a tracker's, and left out: with it, what most
+        probably stays would creep toward where it might go. The expected distance to a component
+        is taken as ``sqrt(|mu - x|^2 + tr Sigma)`` with the rest of its covariance, its bound by
+        Jensen's inequality; the sum is convex and falls with every step of Weiszfeld's (1937)
+        iteration.
         """
         k, d = self.components, self.dims
         # components first: numpy is slow along short last axes
@@ -166,6 +170,7 @@ class FlowMixture:
         means = np.ascontiguousarray(self.means.reshape(-1, k, d).T)  # [D, K, N]
         tril = self.scale_tril.reshape(-1, k, d * d)
         spread = np.ascontiguousarray(np.einsum("nki,nki->kn", tril, tril))
+        spread -= (1 - _MEDIAN_FLOOR) * spread.min(0)
 
         def distance(x: Array) -> Array:  # of [D, N]: [K, N]
             squares = spread.copy()
