@@ -211,16 +211,18 @@ def test_a_sharp_oracle_finds_the_moving_part(found: list[Scene]) -> None:
     chosen = choose_thresholds(rows)
     figures = poke_figures(rows, "random", chosen, "world")["iou"]
     # the improbable mode moves the mean by a constant that thresholds can be above
-    assert figures["speed"] > 0.75
-    assert figures["speed"] > figures["disc"] > 0
-    curve = np.array(figures["speed_by_threshold"])
-    assert figures["speed"] == curve[chosen["speed"]] == curve[OCTAVE:-OCTAVE].max()
-    candidates = THRESHOLDS["speed"]
+    assert figures["mean_flow"] > 0.75
+    assert figures["mean_flow"] > figures["disc"] > 0
+    # which moves the median by nothing
+    assert figures["median_flow"] > 0.95
+    curve = np.array(figures["mean_flow_by_threshold"])
+    assert figures["mean_flow"] == curve[chosen["mean_flow"]] == curve[OCTAVE:-OCTAVE].max()
+    candidates = THRESHOLDS["mean_flow"]
     for suffix, factor in (("_half_threshold", 0.5), ("_double_threshold", 2.0)):
-        wanted = factor * candidates[chosen["speed"]]
+        wanted = factor * candidates[chosen["mean_flow"]]
         other = int(np.abs(candidates - wanted).argmin())
         assert candidates[other] == pytest.approx(wanted)
-        assert figures["speed" + suffix] == curve[other]
+        assert figures["mean_flow" + suffix] == curve[other]
 
 
 def test_copying_nothing_is_among_the_baselines(found: list[Scene]) -> None:

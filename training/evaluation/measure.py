@@ -33,7 +33,8 @@ Where = dict[str, Index]  # by part of a scene, see the module's text
 
 REDUCTIONS: tuple[Reduce, ...] = ("mean", "median", "mode")  # how mixtures become flow
 PLACES = ("largest", "random")  # where a scene is poked
-RADII = np.linspace(0, 1, 51)  # image sides, candidates of the disc baselines; 0 copies nothing
+# image sides, candidates of the disc baselines: 0 copies nothing, the last one to every corner
+RADII = np.linspace(0, 1.42, 72)
 LEVELS = 20  # bins of the reliability curve
 OCTAVE = 6  # candidate thresholds in a factor of two
 
@@ -52,7 +53,8 @@ def _candidates(low: float, high: float) -> FloatArray:
 THRESHOLDS = {
     "kl_matched": _candidates(0.01, 100),  # nats, the predictor's influence
     "kl_variational": _candidates(0.01, 100),  # nats, see variational_kl
-    "speed": _candidates(0.001, 0.3),  # image sides, length of the mean flow
+    "median_flow": _candidates(0.001, 0.3),  # image sides, length of the flow that is published,
+    "mean_flow": _candidates(0.001, 0.3),  # and of the mixture's mean
 }
 
 
@@ -183,13 +185,20 @@ def _put_errors(row: Row, prefix: str, errors: dict[str, FloatArray], where: Whe
 
 
 def _put_masks(
-    row: Row, prefix: str, mixture: FlowMixture, unconditional: FlowMixture, scene: Scene, poke: int
+    row: Row,
+    prefix: str,
+    mixture: FlowMixture,
+    flows: dict[str, FloatArray],
+    unconditional: FlowMixture,
+    scene: Scene,
+    poke: int,
 ) -> dict[str, FloatArray]:
     """Returns the scores ``[C]``."""
     scores = {  # of all the motion that the model knows, also in depth
         "kl_matched": mixture.kl(unconditional),
         "kl_variational": variational_kl(mixture, unconditional),
-        "speed": np.linalg.norm(mixture.marginal(2).mean(), axis=-1),
+        "median_flow": np.linalg.norm(flows["median"], axis=-1),
+        "mean_flow": np.linalg.norm(flows["mean"], axis=-1),
     }
     for name, score in scores.items():
         row[f"{prefix}iou/{name}"] = intersection_over_union(
@@ -265,29 +274,27 @@ def measure(
     row: Row = {}
 
     def put_place(
-        place: str, poke: int, mixture: FlowMixture, errors: dict[str, FloatArray]
-    ) -> dict[str, FloatArray]:
+        place: str, poke: int, mixture: FlowMixture
+    ) -> tuple[dict[str, FloatArray], dict[str, FloatArray]]:
+        """The flows and the masks' scores."""
         prefix = f"{place}/"
+        flows = _reduced(mixture)
         if not thresholds_only:
             planar = mixture.marginal(2)
+            errors = _errors(flows, scene, np.array([poke]), suite.grid)
             _put_errors(row, prefix, errors, _parts(scene))
             _put_calibration(row, prefix, planar, errors, scene, suite, rng)
             _put_modes(row, prefix, planar, scene, suite.grid)
             row[f"{prefix}poke_length"] = np.linalg.norm(scene.flow[poke])
-        return _put_masks(row, prefix, mixture, unconditional, scene, poke)
+        return flows, _put_masks(row, prefix, mixture, flows, unconditional, scene, poke)
 
-    pokes = scene.pokes[:1]
-    mixture = _predict(predictor, encoded, scene, pokes)
-    flows = _reduced(mixture)
-    errors = _errors(flows, scene, pokes, suite.grid)
-    shown = flows | put_place("largest", int(pokes[0]), mixture, errors)
+    mixture = _predict(predictor, encoded, scene, scene.pokes[:1])
+    flows, scores = put_place("largest", int(scene.pokes[0]), mixture)
     if not thresholds_only:
         _put_curve(row, predictor, encoded, scene, mixture, suite, rng)
-    poke = np.array([scene.drawn])
-    mixture = _predict(predictor, encoded, scene, poke)
-    errors = _errors(_reduced(mixture), scene, poke, suite.grid)
-    put_place("random", scene.drawn, mixture, errors)
-    return row, shown
+    mixture = _predict(predictor, encoded, scene, np.array([scene.drawn]))
+    put_place("random", scene.drawn, mixture)
+    return row, flows | scores
 
 
 def _put_curve(
@@ -299,12 +306,13 @@ def _put_curve(
     suite: Suite,
     rng: np.random.Generator,
 ) -> None:
-    """By the number of pokes, at some of the points: errors and likelihood.
+    """By the number of pokes, at some of the points that none of them pokes: errors and likelihood.
 
     The predictor keeps the pokes that it has run already, each count only adds some.
     """
-    some = rng.permutation(len(scene.points))[: _ON_CURVE[0]]
-    movers = rng.permutation(np.flatnonzero(scene.moving))[: _ON_CURVE[1]]
+    told = scene.pokes[: suite.pokes[-1]]
+    some = rng.permutation(np.setdiff1d(np.arange(len(scene.points)), told))[: _ON_CURVE[0]]
+    movers = rng.permutation(np.setdiff1d(np.flatnonzero(scene.moving), told))[: _ON_CURVE[1]]
     asked = np.concatenate([some, movers])
     where: Where = {"all": slice(len(some)), "moving": slice(len(some), None)}
     for count in suite.pokes:

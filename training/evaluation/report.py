@@ -35,7 +35,8 @@ METHODS = {
 SCORES = {
     "kl_matched": "KL (matched)",
     "kl_variational": "KL (variational)",
-    "speed": "flow magnitude",
+    "median_flow": "length of the median",
+    "mean_flow": "length of the mean",
 }
 POKED = {"largest": "poked at the largest motion", "random": "poked anywhere that moves"}
 SHEET = 24  # scenes of a picture
@@ -119,7 +120,7 @@ def _curve(curve: Figures) -> str:
 
 
 def _by_kind(figures: Figures) -> str:
-    errors, scores = ("median", "mean", "no_motion", "copy"), ("kl_matched", "speed")
+    errors, scores = ("median", "mean", "no_motion", "copy"), ("kl_matched", "median_flow")
     rows = [
         [kind, f["scenes"], *(f["epe"][e] for e in errors), *(f["iou"][s] for s in scores)]
         for kind, f in figures.items()

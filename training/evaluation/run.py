@@ -187,7 +187,8 @@ class Evaluation:
         for split in sorted(suite.splits, key=lambda s: s != suite.validation):
             rows = self.main_rows(predictor, split, shown=shown[split])
             if not chosen:
-                chosen = choose_thresholds(rows)
+                some = np.arange(len(rows)) < suite.validation_scenes
+                chosen = choose_thresholds(rows.select(some))
             over = suite.intervals_over
             found[split] = {
                 "generator": getattr(self.shards[split], "generator", None),

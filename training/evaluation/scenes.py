@@ -146,16 +146,20 @@ def _tracked(shards: TrackShards, suite: Suite, seed: int) -> Iterator[Scene]:
 def _choose_pokes(
     flow: FloatArray, moving: Mask, suite: Suite, rng: np.random.Generator
 ) -> tuple[NDArray[np.intp], int] | None:
-    """``Scene.pokes`` and ``Scene.drawn``; None where too little moves, or too far."""
+    """``Scene.pokes`` and ``Scene.drawn``; None where too little moves, or too far, or where too
+    few points are known for so many pokes."""
     lengths = np.where(moving, np.linalg.norm(flow, axis=-1), 0)
     if moving.sum() < MIN_MOVING or not MIN_POKE <= lengths.max() <= 1:
         return None
-    if len(flow) < suite.pokes[-1]:
-        return None
     drawn = int(rng.choice(np.flatnonzero(moving)))
     first = int(lengths.argmax())
-    others = rng.permutation(np.delete(np.arange(len(flow)), first))
-    return np.array([first, *others[: suite.pokes[-1] - 1]]), drawn
+    told, asked = np.split(
+        np.array([first, *rng.permutation(np.delete(np.arange(len(flow)), first))]),
+        [suite.pokes[-1]],
+    )
+    if not moving[asked].any():  # nothing is left to ask about
+        return None
+    return told, drawn
 
 
 def camera_scenes(shards: Shards) -> Iterator[CameraScene]:
