@@ -12,8 +12,8 @@ from numpy.typing import ArrayLike, NDArray
 Array = NDArray[np.float64]
 Reduce = Literal["mean", "median", "mode"]
 
-_MEDIAN_STEPS = 30
-_MEDIAN_FLOOR = 1e-4  # of the common spread is kept: Weiszfeld's steps divide by distances
+_MEDIAN_FLOOR = 1e-2  # of the common spread is kept, so that the expected distance is smooth
+_MEDIAN_STEPS, _MEDIAN_GAIN = 40, 1e-9  # at most; the relative gain below which it has converged
 
 
 def _logsumexp(x: Array, axis: int) -> Array:
@@ -28,6 +28,40 @@ def _solve_lower(tril: Array, b: Array) -> Array:
         known = sum((tril[..., i, j] * out[..., j] for j in range(i)), start=np.zeros(()))
         out[..., i] = (b[..., i] - known) / tril[..., i, i]
     return out
+
+
+def _cost(x: Array, weights: Array, means: Array, spread: Array) -> Array:
+    """``[N]``: of :meth:`FlowMixture.median`, at ``x [D, N]``; see :func:`_distances`."""
+    return np.sum(weights * _distances(x, means, spread), 0)
+
+
+def _distances(x: Array, means: Array, spread: Array) -> Array:
+    """``[K, N]``: expected ones of ``x [D, N]`` from components of ``means [D, K, N]``."""
+    squares = spread.copy()
+    for mean, axis in zip(means, x, strict=True):
+        squares += np.square(mean - axis)
+    return np.sqrt(squares, out=squares)
+
+
+def _median_step(
+    x: Array, cost: Array, weights: Array, means: Array, spread: Array
+) -> tuple[Array, Array]:
+    """The better of Newton's step, shortened if need be, and Weiszfeld's, from ``x [D, N]`` with
+    ``cost [N]``; and what it gains, ``[N]``."""
+    r = _distances(x, means, spread)
+    pull = weights / r
+    total = pull.sum(0)
+    away = means - x[:, None]  # [D, K, N]
+    slope = np.einsum("kn,dkn->dn", pull, away)  # minus the gradient
+    curve = -np.einsum("kn,ikn,jkn->nij", pull / np.square(r), away, away)
+    curve += total[:, None, None] * np.eye(len(x))
+    newton = np.linalg.solve(curve, slope.T[..., None])[..., 0].T
+    found, least = x, cost
+    for step in (slope / total, newton, 0.3 * newton, 0.1 * newton):
+        new = _cost(x + step, weights, means, spread)
+        better = new < least
+        found, least = np.where(better, x + step, found), np.where(better, new, least)
+    return found, cost - least
 
 
 @dataclass(frozen=True)
@@ -161,8 +195,8 @@ class FlowMixture:
         taken for noise of what was learned from, a tracker's, and left out: with it, what most
         probably stays would creep toward where it might go. The expected distance to a component
         is taken as ``sqrt(|mu - x|^2 + tr Sigma)`` with the rest of its covariance, its bound by
-        Jensen's inequality; the sum is convex and falls with every step of Weiszfeld's (1937)
-        iteration.
+        Jensen's inequality. The sum is smooth and convex; Newton's method finds its minimum, with
+        Weiszfeld's (1937) step, which never fails, where that is better.
         """
         k, d = self.components, self.dims
         # components first: numpy is slow along short last axes
@@ -172,19 +206,20 @@ class FlowMixture:
         spread = np.ascontiguousarray(np.einsum("nki,nki->kn", tril, tril))
         spread -= (1 - _MEDIAN_FLOOR) * spread.min(0)
 
-        def distance(x: Array) -> Array:  # of [D, N]: [K, N]
-            squares = spread.copy()
-            for mean, axis in zip(means, x, strict=True):
-                squares += np.square(mean - axis)
-            return np.sqrt(squares, out=squares)
-
-        cost = [np.sum(weights * distance(means[:, j]), 0) for j in range(k)]
-        best = np.argmin(cost, 0)
-        x = np.take_along_axis(means, best[None, None], 1)[:, 0]
+        at_means = [_cost(means[:, j], weights, means, spread) for j in range(k)]
+        best = np.argmin(at_means, 0)
+        found = np.take_along_axis(means, best[None, None], 1)[:, 0]  # [D, N]
+        cost = np.min(at_means, 0)
+        left = np.arange(len(best))  # points where the last step still gained
         for _ in range(_MEDIAN_STEPS):
-            pull = weights / distance(x)
-            x = np.sum(pull * means, 1) / np.sum(pull, 0)
-        return np.ascontiguousarray(x.T).reshape(*self.shape, d)
+            if not len(left):
+                break
+            x, gained = _median_step(found[:, left], cost[left], weights, means, spread)
+            found[:, left] = x
+            on = gained > _MEDIAN_GAIN * cost[left]
+            cost[left] -= gained
+            left, weights, means, spread = left[on], weights[:, on], means[..., on], spread[:, on]
+        return np.ascontiguousarray(found.T).reshape(*self.shape, d)
 
     def reduce(self, how: Reduce) -> Array:
         """``[..., D]``: one motion a point, by the method of that name; ValueError for others."""
