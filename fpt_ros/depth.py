@@ -25,16 +25,22 @@ SILENCE_S = 1.0
 
 
 def camera_intrinsics(info: CameraInfo, size: Size) -> Intrinsics:
-    """Those of the rectified camera, as image_geometry takes them: the projection matrix P.
+    """Those of the rectified camera: of the projection matrix P, without binning and roi.
 
     Raises:
-        DepthError: it is of images of another size than ``size = (height, width)``, or not
-            calibrated: zeros, NaN.
+        DepthError: it is of images of another size than ``size = (height, width)``, not
+            calibrated (zeros, NaN), or of the second camera of a stereo pair, whose P places points
+            relative to the first one.
     """
     if (info.height, info.width) != size:
         raise DepthError(
             f"camera_info is of {info.width} x {info.height} px, the image has "
             f"{size[1]} x {size[0]} px"
+        )
+    if info.p[3] or info.p[7]:
+        raise DepthError(
+            f"camera_info has a baseline, P[3] = {info.p[3]:g} and P[7] = {info.p[7]:g}: expected "
+            "0, a single camera or the first of a pair"
         )
     try:
         return Intrinsics.from_matrix(np.reshape(info.p, (3, 4)))
@@ -90,6 +96,11 @@ class DepthHistory:
     def alive(self) -> bool:
         """Whether depth came lately, so that it is worth to wait for some."""
         return time.monotonic() - self._heard_s < SILENCE_S
+
+    def settled(self, header: Header) -> bool:
+        """Whether none will come that is nearer to an image than those held: they come in order."""
+        newest = next(reversed(self._latest), None)
+        return newest is not None and stamp_ns(newest.header) >= stamp_ns(header)
 
     def find(self, header: Header, slop_ms: float) -> Image | None:
         """The one whose stamp is nearest to an image's, at most ``slop_ms`` away."""

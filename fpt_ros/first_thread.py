@@ -92,8 +92,10 @@ class FirstThread:
             while (work := self._queue.get()) is not None:
                 self._current = work
                 work.run()
-                self._current = None
+                self._current = work = None  # it holds all that its function knows
         finally:
+            if self._current is not None:  # interrupted before it began
+                self._current.refuse()
             with self._closing:
                 self._closed = True
             while not self._queue.empty():

@@ -12,6 +12,8 @@ from typing import Any
 
 from sensor_msgs.msg import CompressedImage, Image
 
+from fpt_msgs.msg import PokeArray, QueryArray
+from fpt_ros.history import stamp_ns
 from fpt_ros.pokes import RequestError
 
 MAX_REQUESTS = 64
@@ -41,6 +43,16 @@ class Request:
     progress: Callable[[Any], None] = _ignore
     cancelled: Callable[[], bool] = bool
     arrived_s: float = field(default_factory=time.monotonic)
+
+    @property
+    def is_command(self) -> bool:
+        """Pokes or queries of a topic, which change what is published and get no response."""
+        return isinstance(self.msg, PokeArray | QueryArray)
+
+    @property
+    def stands(self) -> bool:
+        """Whether it is for all images to come, until another one of its kind."""
+        return self.is_command and stamp_ns(self.msg.header) == 0
 
 
 @dataclass
@@ -80,12 +92,27 @@ class Inbox:
             self._changed.notify()
 
     def put(self, request: Request) -> Request | None:
-        """Leave a request; returns the one that had to make room, if any."""
+        """Leave a request; returns the one that had to make room, if any.
+
+        That is the oldest that nobody misses, pokes that stand where newer ones do, or else the
+        oldest that does not stand.
+        """
         with self._changed:
-            oldest = self._requests.popleft() if len(self._requests) == MAX_REQUESTS else None
+            dropped = self._least_missed(request) if len(self._requests) == MAX_REQUESTS else None
+            if dropped is not None:
+                self._requests.remove(dropped)
             self._requests.append(request)
             self._changed.notify()
-            return oldest
+            return dropped
+
+    def _least_missed(self, new: Request) -> Request:
+        followed = {new.kind} if new.stands else set()
+        missed = None
+        for request in reversed(self._requests):
+            if request.stands:
+                missed = request if request.kind in followed else missed
+                followed.add(request.kind)
+        return missed or next(request for request in self._requests if not request.stands)
 
     def wake(self) -> None:
         """Call for an answer although nothing arrived."""

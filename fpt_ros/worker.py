@@ -16,6 +16,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from threading import Thread
 from typing import Any, Protocol
 
@@ -27,7 +28,7 @@ from std_msgs.msg import Header
 
 from fpt_model import FlowPredictor
 from fpt_model.depth import DepthError
-from fpt_msgs.msg import PokeArray, QueryArray
+from fpt_msgs.msg import PokeArray
 from fpt_ros.depth import DepthHistory, read_depth
 from fpt_ros.history import Conditions, HeldImage, ImageHistory, format_stamp, stamp_ns
 from fpt_ros.images import ImageError, image_to_rgb
@@ -138,7 +139,11 @@ class Worker:
     def put(self, request: Request) -> None:
         """Take note of a request; it will be answered, or refused, in any case."""
         displaced = self._inbox.put(request)
-        if displaced is not None:
+        if displaced is None:
+            return
+        if displaced.stands:  # newer ones wait
+            self._monitor.count(f"{displaced.kind} dropped: newer came first")
+        else:
             self._refuse(displaced, _too_many())
 
     def wake(self) -> None:
@@ -161,11 +166,12 @@ class Worker:
     def _patience_s(self) -> float | None:
         if self._jobs:
             return 0.0
-        patience = [IMAGE_WAIT_S] if self._waiting else []
-        if self._pending:
-            waited = time.monotonic() - self._pending[0].arrived_s
-            patience.append(max(0.0, self._depth_wait_s - waited))
-        return min(patience, default=None)
+        now_s, wait_s = self._now_s(), self._depth_wait_s
+        patience = [r.arrived_s + IMAGE_WAIT_S - now_s for r in self._waiting]
+        for held in self._pending:
+            left_s = held.arrived_s + wait_s - time.monotonic()
+            patience.append(left_s if self._awaits_depth(held) else 0.0)
+        return max(0.0, min(patience)) if patience else None
 
     def process(self, batch: Batch) -> None:
         """Answer what is new on the topics, and queue what services and actions ask."""
@@ -185,14 +191,13 @@ class Worker:
         self._waiting = []
         for request in requests:
             try:
-                stands = _is_command(request) and stamp_ns(request.msg.header) == 0
-                held = newest if stands else self._find(request)
-                if stands:
+                held = newest if request.stands else self._find(request)
+                if request.stands:
                     self._accept(request, self._standing, held)
                     due = True
                 elif held is None:
                     self._wait(request)
-                elif _is_command(request):
+                elif request.is_command:
                     if heard:
                         self._open(held)
                     self._accept(request, held.named, held)
@@ -225,12 +230,11 @@ class Worker:
         for msg in batch.depths:
             if self._depths is not None:
                 self._depths.add(msg)
-        # the newest that has its depth; without one, the newest if the oldest waited long enough
-        chosen = next((i for i in reversed(self._pending) if not self._awaits_depth(i)), None)
-        if chosen is not None and self._depth_of(chosen) is None:
-            chosen = self._pending[-1]
-        if chosen is None:
+        # the newest that has its depth; if none has, the newest that need not wait for it any more
+        ready = [held for held in self._pending if not self._awaits_depth(held)]
+        if not ready:
             return False
+        chosen = next((h for h in reversed(ready) if self._depth_of(h) is not None), ready[-1])
         index = self._pending.index(chosen)
         dropped = index + batch.superseded - max(0, len(images) - 1)
         if dropped:
@@ -269,17 +273,17 @@ class Worker:
     def _is_fresh(self, held: HeldImage, new: bool = False) -> bool:
         """Whether an image is young enough to be answered; counts and logs it if a ``new`` is not.
 
-        Images without a stamp have no age. One from the future may be old for all one knows; it is
-        answered, since nothing better comes from such a camera.
+        One from the future may be old for all one knows; it is answered, since nothing better comes
+        from such a camera. Like those without a stamp it gets old from when it arrived.
         """
         limit_ms = self._parameter("max_age_ms")
-        if not limit_ms or not stamp_ns(held.header):
+        if not limit_ms:
             return True
-        age_ms = self._age_ms(held.header)
-        fresh = age_ms <= limit_ms
+        fresh = self._known_age_ms(held) <= limit_ms
+        age_ms = self._age_ms(held.header) if stamp_ns(held.header) else 0.0
         if new and abs(age_ms) > limit_ms:
             why = "are the clocks of camera and node the same (use_sim_time)?"
-            if fresh:
+            if age_ms < 0:
                 self._monitor.count("images from the future")
                 what = f"answered an image stamped {-age_ms:.0f} ms ahead of this node's clock"
             else:
@@ -311,11 +315,10 @@ class Worker:
         return self._depths.find(held.header, self._parameter("depth_slop_ms"))
 
     def _awaits_depth(self, held: HeldImage) -> bool:
-        """Whether its depth is not here but may come."""
-        if self._depths is None or not self._depths.alive:
+        """Whether its depth, or one that is nearer to it, may still come."""
+        if self._depths is None or not self._depths.alive or self._depths.settled(held.header):
             return False
-        waited = time.monotonic() - held.arrived_s
-        return waited < self._depth_wait_s and self._depth_of(held) is None
+        return time.monotonic() - held.arrived_s < self._depth_wait_s
 
     @property
     def _depth_wait_s(self) -> float:
@@ -355,11 +358,14 @@ class Worker:
             RequestError: it is not held, or too old to be meant by "the newest".
         """
         ns = stamp_ns(request.msg.header)
-        newest = self._current
+        newest, late = self._current, self._now_s() - request.arrived_s >= IMAGE_WAIT_S
         if ns:
             held = self._history.find(ns)
-            may_come = newest is None or ns > stamp_ns(newest.header)
-            if held is not None and self._awaits_depth(held):
+            # one of the future is of before the clock was set back, as where a bag starts again
+            may_come = (
+                newest is None or ns > stamp_ns(newest.header) or self._age_ms(newest.header) < 0
+            )
+            if held is not None and self._awaits_depth(held) and not late:
                 held, may_come = None, True
             why = f"the image with stamp {format_stamp(ns)} is not held; {self._history.describe()}"
         elif newest is None:
@@ -367,11 +373,11 @@ class Worker:
         else:
             held, may_come = (newest if self._is_fresh(newest) else None), True
             why = (
-                f"the newest image is {self._age_ms(newest.header):.0f} ms old, max_age_ms is "
+                f"the newest image is {self._known_age_ms(newest):.0f} ms old, max_age_ms is "
                 f"{self._parameter('max_age_ms'):g}; name it by its stamp to ask about it all the "
                 "same"
             )
-        if held is None and not (may_come and self._now_s() - request.arrived_s < IMAGE_WAIT_S):
+        if held is None and (late or not may_come):
             raise RequestError(why)
         return held
 
@@ -387,6 +393,14 @@ class Worker:
         if len(self._waiting) > MAX_REQUESTS:
             self._refuse(self._waiting.pop(0), _too_many())
 
+    def _known_age_ms(self, held: HeldImage) -> float:
+        """By its stamp; since it came, if it has none or one of too far in the future."""
+        if stamp_ns(held.header):
+            age_ms = self._age_ms(held.header)
+            if age_ms >= -self._parameter("max_age_ms"):
+                return age_ms
+        return 1e3 * (time.monotonic() - held.arrived_s)
+
     def _age_ms(self, header: Header) -> float:
         return (self._clock.now().nanoseconds - stamp_ns(header)) / 1e6
 
@@ -397,7 +411,11 @@ class Worker:
 
         Those for an image not yet encoded are checked to lie in it when it is answered.
         """
-        size = held.view.size if held is not None and held.view is not None else None
+        size: tuple[int, int] | None = None
+        if held is not None and held.view is not None:
+            size = held.view.size
+        elif held is not None and isinstance(held.msg, Image):
+            size = held.msg.height, held.msg.width
         if isinstance(request.msg, PokeArray):
             pokes = read_pokes(request.msg.pokes, self._parameter("max_pokes"))
             if size is not None:
@@ -452,7 +470,7 @@ class Worker:
             self._attach_depth(held)
         subject = Subject(
             self._predictor,
-            view,
+            replace(view),  # depth that comes later changes nothing between the steps
             held.header,
             self._settings(),
             Limits(self._parameter("max_pokes"), self._parameter("max_queries")),
@@ -486,11 +504,6 @@ def _begin_thread(function: Callable[[], None]) -> Thread:
     thread = Thread(target=function, name="fpt_worker", daemon=True)
     thread.start()
     return thread
-
-
-def _is_command(request: Request) -> bool:
-    """Pokes or queries of a topic, which change what is published and get no response."""
-    return isinstance(request.msg, PokeArray | QueryArray)
 
 
 def _too_many() -> RequestError:

@@ -37,6 +37,7 @@ from fpt_model.scene_flow import SceneFlow
 from fpt_msgs.msg import FlowDistribution, Poke, PokeArray, QueryArray
 from fpt_msgs.srv import PlanPoke, PredictFlow
 from fpt_ros.depth import DepthHistory, camera_intrinsics, read_depth
+from fpt_ros.history import stamp_ns
 from fpt_ros.images import array_to_image, image_to_array
 from fpt_ros.messages import distribution_from_msg
 from fpt_ros.pipeline import Answer, View, answer_asks, predict_hypotheses, sample_jointly
@@ -73,6 +74,12 @@ def projection(fx: float) -> np.ndarray:
     return p
 
 
+def second_camera() -> np.ndarray:
+    p = camera_info().p.copy()
+    p[3] = -50
+    return p
+
+
 class DepthUser(User):
     """A user who has a depth camera."""
 
@@ -90,10 +97,9 @@ class DepthUser(User):
         info = info or camera_info()
         self.client.publish("/camera_info", info)
         self.wait_for_info(info)
-        ns = header.stamp.sec * 10**9 + header.stamp.nanosec + int(lag_ms * 1e6)
-        stamp = Stamp(sec=ns // 10**9, nanosec=ns % 10**9)
         values = metres() if depth is None else depth
-        depth_header = Header(stamp=stamp, frame_id=frame_id)
+        depth_header = shifted(header, lag_ms)
+        depth_header.frame_id = frame_id
         self.client.publish("/depth", array_to_image(values, encoding, depth_header))
         return self.send_image(pixels, header)
 
@@ -265,6 +271,40 @@ def test_depth_within_the_slop_is_taken(user: DepthUser) -> None:
     user.diagnostics(lambda values: values["depth"] == "in use, -15 ms from its image")
 
 
+def shifted(header: Header, lag_ms: float) -> Header:
+    ns = stamp_ns(header) + int(lag_ms * 1e6)
+    return Header(stamp=Stamp(sec=ns // 10**9, nanosec=ns % 10**9), frame_id=FRAME)
+
+
+def test_the_nearest_depth_is_taken_though_another_came_first(user: DepthUser) -> None:
+    user.send(picture(7))
+    header = user.send_image(picture(8))
+    for lag_ms in (-15, 0):
+        time.sleep(0.1)
+        user.client.publish("/depth", array_to_image(metres(), "32FC1", shifted(header, lag_ms)))
+    user.receive("points", header)
+    user.diagnostics(lambda values: values["depth"] == "in use, +0 ms from its image")
+
+
+def test_of_images_faster_than_depth_those_with_depth_are_answered(user: DepthUser) -> None:
+    """Images at 30 Hz, every second one has depth, that comes 70 ms later."""
+    user.send(picture(7))
+    user.set(depth_wait_ms=100.0)
+    try:
+        headers: list[Header] = []
+        for i in range(60):
+            headers.append(user.send_image(picture(i)))
+            if i % 2 == 0 and i > 1:
+                user.client.publish("/depth", array_to_image(metres(), "32FC1", headers[i - 2]))
+            time.sleep(0.033)
+    finally:
+        user.set(depth_wait_ms=1000.0)
+    answers = [m for m in user.client.received["/fpt/distribution"] if m.header in headers[2:]]
+    dims = [m.dims for m in answers]
+    assert len(dims) >= 5
+    assert dims.count(3) > len(dims) / 2, dims
+
+
 def test_depth_that_always_lags_starves_nothing(user: DepthUser) -> None:
     """At 20 Hz, each depth image comes two images after its own."""
     headers: list[Header] = []
@@ -302,6 +342,7 @@ def expect_two_dimensions(user: DepthUser, header: Header, *words: str) -> None:
     [
         ({"info": camera_info(p=projection(0.0))}, ("projection matrix", "fx=0")),
         ({"info": camera_info(p=projection(np.nan))}, ("projection matrix", "fx=nan")),
+        ({"info": camera_info(p=second_camera())}, ("baseline", "P[3] = -50")),
         ({"info": camera_info(width=640)}, ("640 x 48 px", "64 x 48 px")),
         ({"info": camera_info(header=Header(frame_id="lidar"))}, ("camera_info", "'lidar'")),
         ({"depth": np.ones((24, 32), np.float32)}, ("32 x 24 px", "registered")),
@@ -311,7 +352,13 @@ def expect_two_dimensions(user: DepthUser, header: Header, *words: str) -> None:
         ({"lag_ms": 400}, ("within 20 ms", "the nearest is")),
     ],
     ids=[
-        *("zero intrinsics", "NaN intrinsics", "camera_info of another size", "another camera"),
+        *(
+            "zero intrinsics",
+            "NaN intrinsics",
+            "second camera",
+            "camera_info of another size",
+            "another camera",
+        ),
         *("not registered", "rotated frame", "encoding", "empty", "not synchronised"),
     ],
 )
@@ -588,6 +635,18 @@ def test_a_poke_without_depth_has_the_depth_it_says(predictor: FlowPredictor) ->
             found.check_depth(pokes)
         found.check_depth(pokes[::2])
     assert view(predictor).normalised(pokes)[1].shape == (3, 2)
+
+
+def test_no_poke_leads_through_the_camera(predictor: FlowPredictor) -> None:
+    at = np.array([[5.0, 5.0]])
+    depth = float(metres()[5, 5])
+    near, through = (Pokes(at, np.zeros((1, 2)), np.array([-k * depth])) for k in (0.9, 1.0))
+    seen = view(predictor)
+    seen.check_depth(near)
+    assert seen.normalised(near, 3)[1][0, 2] == pytest.approx(-0.9)
+    with pytest.raises(RequestError, match=rf"dz=-{depth:g} m at a depth of {depth:g} m"):
+        seen.check_depth(through)
+    assert np.isnan(seen.normalised(through, 3)[1][0, 2])
 
 
 def test_occlusion_on_the_grid_is_that_of_the_image(predictor: FlowPredictor) -> None:

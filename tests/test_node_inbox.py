@@ -3,19 +3,24 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
+from threading import Thread
+from weakref import ref
 
 import numpy as np
 import pytest
 
 pytest.importorskip("fpt_msgs")
 
-from node_harness import save_small_model
+from node_harness import save_small_model, wait_until
 from sensor_msgs.msg import Image
 from std_msgs.msg import Header
 
 from fpt_model import FlowPredictor, load_model
-from fpt_msgs.msg import PokeArray
+from fpt_msgs.msg import PokeArray, QueryArray
+from fpt_msgs.srv import PredictFlow
+from fpt_ros.first_thread import FirstThread
 from fpt_ros.history import ImageHistory
 from fpt_ros.images import ImageError, array_to_image, image_to_rgb
 from fpt_ros.inbox import MAX_REQUESTS, Inbox, Request
@@ -58,6 +63,42 @@ def test_the_oldest_request_makes_room_and_none_is_lost() -> None:
     inbox.close()
     assert inbox.take() is None
     assert inbox.leftover() == [requests[0]]
+
+
+def test_pokes_that_newer_ones_replace_make_room_before_what_needs_an_answer() -> None:
+    inbox = Inbox(max_images=1)
+    service, queries = (
+        Request("predict_flow", PredictFlow.Request()),
+        Request("queries", QueryArray()),
+    )
+    pokes = [Request("pokes", PokeArray()) for _ in range(MAX_REQUESTS)]
+    for request in (service, queries, *pokes[:-2]):
+        assert inbox.put(request) is None
+    assert [inbox.put(request) for request in pokes[-2:]] == pokes[:2]
+    others = [Request("predict_flow", PredictFlow.Request()) for _ in range(MAX_REQUESTS)]
+    dropped = [inbox.put(request) for request in others]
+    # the last pokes and the queries stay in force
+    assert dropped == [*pokes[2:-1], service, *others[:2]]
+    batch = inbox.take()
+    assert batch is not None
+    assert batch.requests == [queries, pokes[-1], *others[2:]]
+
+
+def test_the_first_thread_lets_go_of_what_it_has_run() -> None:
+    first = FirstThread()
+    serving = Thread(target=first.serve)
+    serving.start()
+
+    class Model:
+        pass
+
+    model = Model()
+    alive = ref(model)
+    first.call(partial(setattr, model, "used", True))
+    del model
+    wait_until(lambda: alive() is None)
+    first.end()
+    serving.join()
 
 
 @pytest.fixture(scope="module")

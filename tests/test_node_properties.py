@@ -387,6 +387,31 @@ def test_an_image_that_came_young_is_answered_however_long_its_encoding_takes(
     assert idle._monitor.counts["answers"] == 1
 
 
+def test_an_image_without_a_stamp_gets_old_from_when_it_came(idle: FptNode) -> None:
+    idle.set_parameters([Parameter("max_age_ms", value=1000.0)])
+    worker = idle._worker
+    assert worker is not None
+    worker.process(Batch([black(Header())], 0, [], woken=False))
+    assert idle._monitor.counts["answers"] == 1
+    time.sleep(1.1)
+    worker.process(Batch([], 0, [], woken=True))
+    assert idle._monitor.counts["answers"] == 1
+
+
+def test_pokes_outside_a_picture_not_yet_read_replace_none(idle: FptNode) -> None:
+    idle.set_parameters([Parameter("max_age_ms", value=1000.0)])
+    worker = idle._worker
+    assert worker is not None
+    inside, outside = (PokeArray(pokes=[Poke(x=x, y=1.0, dx=1.0)]) for x in (1.0, 5000.0))
+    old = Header()
+    old.stamp.sec = 1  # too old to be read
+    requests = [Request("pokes", msg) for msg in (inside, outside)]
+    worker.process(Batch([black(old)], 0, requests, woken=False))
+    assert worker._standing.pokes is not None
+    assert worker._standing.pokes.xy[0, 0] == 1
+    assert "x=5000" in idle._monitor._last_error
+
+
 def test_a_failure_inside_loses_no_request(idle: FptNode, monkeypatch: pytest.MonkeyPatch) -> None:
     worker, predictor = idle._worker, idle._predictor
     assert worker is not None
