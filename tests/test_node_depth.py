@@ -287,22 +287,22 @@ def test_the_nearest_depth_is_taken_though_another_came_first(user: DepthUser) -
 
 
 def test_of_images_faster_than_depth_those_with_depth_are_answered(user: DepthUser) -> None:
-    """Images at 30 Hz, every second one has depth, that comes 70 ms later."""
+    """Images at 10 Hz, every second one has depth, that comes 240 ms later."""
     user.send(picture(7))
-    user.set(depth_wait_ms=100.0)
+    user.set(depth_wait_ms=300.0)
     try:
         headers: list[Header] = []
-        for i in range(60):
+        for i in range(24):
             headers.append(user.send_image(picture(i)))
+            time.sleep(0.04)
             if i % 2 == 0 and i > 1:
                 user.client.publish("/depth", array_to_image(metres(), "32FC1", headers[i - 2]))
-            time.sleep(0.033)
+            time.sleep(0.06)
     finally:
         user.set(depth_wait_ms=1000.0)
     answers = [m for m in user.client.received["/fpt/distribution"] if m.header in headers[2:]]
     dims = [m.dims for m in answers]
-    assert len(dims) >= 5
-    assert dims.count(3) > len(dims) / 2, dims
+    assert dims.count(3) >= 8, dims  # of 10
 
 
 def test_depth_that_always_lags_starves_nothing(user: DepthUser) -> None:
