@@ -134,12 +134,18 @@ def _load_safetensors(path: Path, dtype: torch.dtype) -> FlowPokeTransformer:
         raise CheckpointError(f"{path} has no {_CONFIG_KEY!r} in its metadata, is it an FPT model?")
     try:
         config = FPTConfig.from_dict(json.loads(metadata[_CONFIG_KEY]))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path} has an unusable configuration: {error}") from error
     made = {name: partial(state.__getitem__, name) for name in state}
     # before as many layers are built as it says
-    if config.depth > len(made):
-        raise CheckpointError(f"{path} has depth {config.depth}, but only {len(made)} tensors")
+    depths = {
+        "depth": config.depth,
+        "context_depth": config.context_depth,
+        "encoder_kwargs.depth": config.encoder_kwargs.get("depth", 0),
+    }
+    for name, depth in depths.items():
+        if depth > len(made):
+            raise CheckpointError(f"{path} has {name} {depth}, but only {len(made)} tensors")
     return _build(config, made, str(path), dtype=dtype)
 
 

@@ -89,12 +89,17 @@ class Engine(Protocol):
         """
 
 
-def open_device(name: str) -> torch.device:
-    """The device that torch calls so; BackendError if it is not there, ValueError for no name."""
+def parse_device(name: str) -> torch.device:
+    """The device that torch calls so, there or not; ValueError for no name."""
     try:
-        device = torch.device(name)
+        return torch.device(name)
     except RuntimeError as error:
         raise ValueError(f"device must be one of torch's, received {name!r}: {error}") from error
+
+
+def open_device(name: str) -> torch.device:
+    """The device that torch calls so; BackendError if it is not there, ValueError for no name."""
+    device = parse_device(name)
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -286,8 +291,6 @@ def compile_layers(model: FlowPokeTransformer) -> None:
     several of hypotheses, pokes, queries) when that is first met: seconds, fewer in later
     processes.
     """
-    # the default of 8 natures would leave the ninth to the slow path for good
-    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     blocks: list[tuple[Iterable[nn.Module], bool]] = [
         (model.layers, True),
         (model.embed.blocks, True),
@@ -298,5 +301,9 @@ def compile_layers(model: FlowPokeTransformer) -> None:
     for modules, varying in blocks:
         forward = None
         for module in modules:
-            forward = forward or torch.compile(type(module).forward, dynamic=varying)
+            # the default of 8 natures would leave the ninth to the slow path for good; as a
+            # setting of torch's it would hold in this thread alone
+            forward = forward or torch.compile(  # type: ignore[call-overload]
+                type(module).forward, dynamic=varying, recompile_limit=64
+            )
             module.forward = partial(forward, module)

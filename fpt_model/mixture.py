@@ -230,6 +230,8 @@ class FlowMixture:
     def log_prob(self, motion: ArrayLike) -> Array:
         """``[...]``: log density (per unit^D) of ``motion [..., D]``."""
         motion = np.asarray(motion, dtype=np.float64)
+        if motion.shape[-1:] != (self.dims,):
+            raise ValueError(f"motion must be [..., {self.dims}], received {motion.shape}")
         return _logsumexp(self.log_weights + self._component_log_prob(motion[..., None, :]), -1)
 
     def _component_log_prob(self, motion: Array) -> Array:
@@ -312,6 +314,11 @@ class FlowMixture:
         With ``M = L1^-1 L0`` and ``d = L1^-1 (mu1 - mu0)``:
         ``0.5 (|M|_F^2 + |d|^2 - D) + ln det L1 - ln det L0``.
         """
+        if self.dims != other.dims:
+            raise ValueError(
+                f"both mixtures must be of motion in as many dimensions, received {self.dims} and "
+                f"{other.dims}: see marginal"
+            )
         # pairs first, points last: numpy is slow along short last axes
         rank = max(len(self.shape), len(other.shape))
         (mean0, tril0, det0), (mean1, tril1, det1) = (

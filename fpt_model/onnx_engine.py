@@ -15,7 +15,7 @@ import torch
 
 from fpt_model import tensorrt
 from fpt_model.backends import PROVIDERS
-from fpt_model.engine import Array, BackendError
+from fpt_model.engine import Array, BackendError, parse_device
 from fpt_model.graphs import Half, Manifest, bucket, chunks
 from fpt_model.model import FlowPokeTransformer
 
@@ -72,7 +72,7 @@ class OnnxEngine:
         self._manifest = manifest = Manifest.read(graphs)
         manifest.check_model(model)
         self._raw_dim = model.config.raw_dim
-        index = torch.device(device).index or 0
+        index = parse_device(device).index or 0
         self._encoder, first = open_session(
             manifest, precision, "encoder", providers, index, strict
         )

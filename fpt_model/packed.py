@@ -114,6 +114,8 @@ def pack(model: nn.Module, others: Collection[nn.Module] = ()) -> None:
     for module in parents:
         if isinstance(module, TokenEmbedding):
             continue  # applies its weight in parts
+        if getattr(module, "q_bias", None) is not None:
+            continue  # timm's BEiT and EVA apply the weight themselves
         for name, child in list(module.named_children()):
             if not isinstance(child, nn.Linear) or type(child) not in (nn.Linear, QKV):
                 continue  # what is derived from them may compute something else

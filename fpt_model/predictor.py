@@ -317,6 +317,7 @@ class FlowPredictor:
             raise ValueError(f'order must be "random" or "given", received {order!r}')
         if num_samples < 1:
             raise ValueError(f"num_samples must be >= 1, received {num_samples}")
+        self._check_pokes(poke_pos, poke_flow, batched=False)
         rngs = [np.random.default_rng([seed, s]) for s in range(num_samples)]
         n = len(queries)
         orders = np.stack([g.permutation(n) if order == "random" else np.arange(n) for g in rngs])
@@ -349,6 +350,8 @@ class FlowPredictor:
         pos, flow = self._check_pokes(poke_pos, poke_flow, batched=False)
         queries = _check_points("query_pos", query_pos, 2, batched=True)
         view, (rows, n) = scene.view, queries.shape[:2]
+        if not rows:
+            raise ValueError(f"query_pos must hold at least one sample, received {queries.shape}")
         scale = view.displacement_to_normalised(np.ones(self.config.flow_dim))
         _, context = self._run(
             scene,
@@ -478,13 +481,13 @@ def _check_points(
     if array.ndim != 2 + batched or array.shape[-1] != dims:
         expected = f"[B, N, {dims}]" if batched else f"[N, {dims}]"
         raise ValueError(f"{name} must have shape {expected}, received {list(array.shape)}")
-    usable = np.isfinite(array)
+    usable = np.abs(array) <= np.finfo(np.float32).max  # in which the model computes
     if optional is not None:
         usable[..., optional:] |= np.isnan(array[..., optional:])
     finite = usable.all(-1)
     if not finite.all():
         index = tuple(int(i) for i in np.argwhere(~finite)[0])
         raise ValueError(
-            f"{name} must be finite, received {array[index].tolist()} at {list(index)}"
+            f"{name} must be finite in float32, received {array[index].tolist()} at {list(index)}"
         )
     return array

@@ -199,8 +199,18 @@ class EngineCache:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        self.folder.parent.mkdir(parents=True, exist_ok=True)
-        with self.folder.with_name(f"{self.folder.name}.lock").open("w") as lock:
+        try:
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            lock = self.folder.with_name(f"{self.folder.name}.lock").open("w")
+        except OSError as error:  # read only: nobody builds there, so nobody need wait
+            if not self.is_trusted():
+                raise BackendError(
+                    f"no TensorRT engine for this machine is in {self.folder.parent}, and none can "
+                    f"be built there: {error}"
+                ) from error
+            yield
+            return
+        with lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 

@@ -468,6 +468,18 @@ def test_engines_are_reused_only_when_vouched_for(
     assert cache.open(builder) == b"engine 6"
 
 
+def test_a_trusted_engine_is_used_where_nothing_can_be_written(tmp_path: Path) -> None:
+    builder, cache = Builder(), EngineCache(tmp_path, "decoder.fp16", identity())
+    assert cache.open(builder) == b"engine 1"
+    lock = cache.folder.with_name(f"{cache.folder.name}.lock")
+    lock.unlink()
+    lock.mkdir()  # cannot be opened, as in a folder to read only, even by root
+    assert cache.open(builder) == b"engine 1"
+    (cache.folder / "record.json").unlink()
+    with pytest.raises(BackendError, match="no TensorRT engine for this machine is in"):
+        cache.open(builder)
+
+
 def test_another_identity_has_another_engine(tmp_path: Path) -> None:
     builder, cache = Builder(), EngineCache(tmp_path, "decoder.fp16", identity())
     other = EngineCache(tmp_path, "decoder.fp16", identity(tensorrt="10.10"))

@@ -160,6 +160,14 @@ class TestMixture:
         mix = FlowMixture(np.log(weights), np.broadcast_to(means, (3, 2, 2)), tril)
         assert_close(mix.median(), means[[0, 1, 0]], 0.02)
 
+    def test_dimensions_are_not_mixed(self) -> None:
+        planar, spatial = random_mixture(), random_mixture(d=3)
+        for p, q in ((planar, spatial), (spatial, planar)):
+            with pytest.raises(ValueError, match=f"received {p.dims} and {q.dims}"):
+                p.kl(q)
+        with pytest.raises(ValueError, match=r"motion must be \[..., 2\], received \(6, 1\)"):
+            planar.log_prob(np.zeros((6, 1)))
+
     @pytest.mark.parametrize("d", [2, 3])
     def test_log_prob_equals_torch(self, d: int) -> None:
         mix = random_mixture(d=d)
@@ -416,6 +424,10 @@ class TestPredictor:
         with pytest.raises(StopIteration) as end:
             next(steps)
         np.testing.assert_array_equal(end.value.value, drawn)
+        with pytest.raises(ValueError, match="poke_pos must be finite"):
+            predictor.sample(scene, [[np.nan, 0]], np.zeros((1, 2)), np.empty((0, 2)))
+        with pytest.raises(ValueError, match=r"at least one sample, received \(0, 3, 2\)"):
+            next(predictor.sampling_steps(scene, *[np.empty((0, 2))] * 2, np.empty((0, 3, 2))))
         none = predictor.sample(scene, np.empty((0, 2)), np.empty((0, 2)), queries, num_samples=1)
         assert np.isfinite(none).all()
 
@@ -554,7 +566,8 @@ class TestPredictor:
         ("pos", "flow", "message"),
         [
             ([0.5, 0.5], [0.1, 0.1], r"poke_pos must have shape \[N, 2\], received \[2\]"),
-            ([[0.5, np.nan]], [[0.1, 0.1]], r"poke_pos must be finite, received \[0.5, nan\]"),
+            ([[0.5, np.nan]], [[0.1, 0.1]], r"poke_pos must be finite .*, received \[0.5, nan\]"),
+            ([[0.5, 1e39]], [[0.1, 0.1]], r"poke_pos must be finite in float32, .* 1e\+39\]"),
             ([[0.5, 0.5]], [[0.1, np.inf]], r"poke_flow must be finite.*at \[0\]"),
             ([[0.5, 0.5]], [[0.1, 0.1, 0.0]], r"poke_flow must have shape \[N, 2\]"),
             ([[0.5, 0.5]], np.zeros((2, 2)), "the same pokes"),
@@ -681,6 +694,27 @@ class TestCheckpoint:
         del state["layers.1.self_scale"]
         save_file(state, path, metadata)
         with pytest.raises(CheckpointError, match=r"'layers.1.self_scale' \[3\] is missing"):
+            load_model(path)
+
+    @pytest.mark.parametrize(
+        ("config", "message"),
+        [
+            ("[" * 200_000, "unusable configuration"),
+            ({"encoder_kwargs": {"depth": 10**7}}, r"encoder_kwargs\.depth 10000000"),
+            ({"depth": 10**7}, "has depth 10000000, but only"),
+        ],
+        ids=["nested", "deep encoder", "deep"],
+    )
+    def test_a_configuration_cannot_take_all_time_and_memory(
+        self, model: FlowPokeTransformer, tmp_path: Path, config: str | dict[str, Any], message: str
+    ) -> None:
+        from safetensors.torch import save_file
+
+        if isinstance(config, dict):
+            config = json.dumps(model.config.to_dict() | config)
+        path = tmp_path / "m.safetensors"
+        save_file(dict(model.state_dict()), path, {"fpt_config": config})
+        with pytest.raises(CheckpointError, match=message):
             load_model(path)
 
     def test_unreadable_tensors_are_named(self, model: FlowPokeTransformer) -> None:
