@@ -109,9 +109,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
     """Plain softmax attention without a temperature (the cosine scale is already in q and k).
 
     ``mask`` is additive. Written out because its backward is several times faster on the CPU than
-    that of the fused kernel; without gradients the fused kernel saves the memory of the weights.
+    that of the fused kernel; on a GPU, and without gradients, that saves the memory of the weights.
     """
-    if not torch.is_grad_enabled():
+    if q.is_cuda or not torch.is_grad_enabled():
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
     logits = q @ k.transpose(-1, -2)
     if mask is not None:

@@ -19,7 +19,14 @@ from sim.dataset import Settings, write_dataset
 from training import tracks
 from training.config import DataConfig
 from training.data import Shards
-from training.tracks import MIN_TRACKS, TrackShards, lucas_kanade, open_shards, write_clips
+from training.tracks import (
+    MIN_TRACKS,
+    TrackedClip,
+    TrackShards,
+    lucas_kanade,
+    open_shards,
+    write_clips,
+)
 
 HEIGHT, WIDTH, FPS = 96, 128, 10
 SPEED = 2  # px a frame, to the right
@@ -194,8 +201,49 @@ def test_public_shards_are_read(tmp_path: Path) -> None:
 def test_simulated_shards_are_told_apart(tmp_path: Path) -> None:
     write_dataset(tmp_path, "val", 1, Settings(size=16, futures=1, images_per_shard=1))
     assert type(open_shards(tmp_path, "val")) is Shards
-    with pytest.raises(FileNotFoundError, match=r"no shards train-\*.tar"):
+    with pytest.raises(FileNotFoundError, match=r"no shards train-NUMBER.tar"):
         open_shards(tmp_path, "train")
+
+
+def test_a_split_does_not_hold_those_whose_names_begin_alike(video: Path, tmp_path: Path) -> None:
+    for split in ("val", "val-test"):
+        write_clips(video, tmp_path / f"{split}-000000.tar")
+    for split in ("val", "val-test"):
+        assert [f.name for f in open_shards(tmp_path, split).files] == [f"{split}-000000.tar"]
+
+
+def test_an_example_begins_where_enough_is_seen(video: Path, tmp_path: Path) -> None:
+    shard = tmp_path / "train-000000.tar"
+    write_clips(video, shard)
+    clip = open_shards(tmp_path, "train")[0]
+    assert isinstance(clip, TrackedClip)
+    later = 10 - 4
+    clip.visible[:later] = False
+    config = replace(PLAIN, horizon_frames=4)
+    for seed in range(8):
+        example = tracks.make_example(clip, 32, config, np.random.default_rng(seed))
+        assert example.image.shape[-1] == 32
+    clip.visible[:] = False
+    with pytest.raises(ValueError, match=r"no frame of a clip of patch.avi has \d+ tracks"):
+        tracks.make_example(clip, 32, config, np.random.default_rng(0))
+
+
+def test_videos_of_odd_size_keep_their_tracks(tmp_path: Path) -> None:
+    path = tmp_path / "odd.avi"
+    rng = np.random.default_rng(0)
+    picture = cv2.resize(rng.integers(0, 255, (12, 16, 3), dtype=np.uint8), (101, 75))
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"FFV1"), FPS, (101, 75))
+    if not writer.isOpened():
+        pytest.skip("OpenCV writes no FFV1, which keeps odd sizes")
+    for _ in range(12):
+        writer.write(picture)
+    writer.release()
+    write_clips(path, tmp_path / "odd-000000.tar", side=8)
+    clip = open_shards(tmp_path, "odd")[0]
+    assert isinstance(clip, TrackedClip)
+    assert clip.frame(0).shape == (74, 100, 3)
+    first = normalised_to_pixels(grid((8, 8)), (74, 100))[0]
+    np.testing.assert_allclose(clip.tracks[0, 0] * [100, 74], first, atol=1e-4)
 
 
 def test_another_trackers_output_is_taken(video: Path, tmp_path: Path) -> None:
@@ -208,7 +256,16 @@ def test_another_trackers_output_is_taken(video: Path, tmp_path: Path) -> None:
     tracks.main([str(video), "--out", str(tmp_path), "--split", "other", *options])
     clip = open_shards(tmp_path, "other")[1]
     assert np.allclose(clip.tracks * [WIDTH, HEIGHT], given[10:21], atol=1e-4)
+    again = [str(video), "--out", str(tmp_path), "--split", "other", *options]
+    with pytest.raises(SystemExit, match=r"other-000000.tar exists already"):
+        tracks.main(again)
+    tracks.main([*again, "--append"])
+    assert len(open_shards(tmp_path, "other").files) == 2
+    np.save(files[1], np.full((23, 50), 0.7))
+    with pytest.raises(ValueError, match=r"true or false \(1, 0\), received 0.7"):
+        write_clips(video, tmp_path / "x-000000.tar", given=(files[0], files[1]))
     np.save(files[0], given[:20])
+    np.save(files[1], visible)
     with pytest.raises(ValueError, match=r"expected tracks \[T, N, 2\].*\[20, 50, 2\]"):
         write_clips(video, tmp_path / "x-000000.tar", given=(files[0], files[1]))
     np.save(files[1], visible[:20])

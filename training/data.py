@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -39,6 +40,12 @@ _CANDIDATES = 64  # points among which the one that moves most is found
 _MAX_FLOW = 1.0  # image sides; motions beyond (points that pass the camera) are not supervised
 
 
+def shard_files(folder: str | os.PathLike[str], split: str) -> list[Path]:
+    """``SPLIT-NUMBER.tar``, in order; not those of a split whose name only begins alike."""
+    name = re.compile(re.escape(split) + r"-\d+\.tar")
+    return sorted(p for p in Path(folder).glob("*.tar") if name.fullmatch(p.name))
+
+
 class TarSamples:
     """Random access to the members of all WebDataset shards of a split, in a fixed order.
 
@@ -46,9 +53,9 @@ class TarSamples:
     """
 
     def __init__(self, folder: str | os.PathLike[str], split: str) -> None:
-        self.files = sorted(Path(folder).glob(f"{split}-*.tar"))
+        self.files = shard_files(folder, split)
         if not self.files:
-            raise FileNotFoundError(f"no shards {split}-*.tar in {folder}")
+            raise FileNotFoundError(f"no shards {split}-NUMBER.tar in {folder}")
         # (file, {extension: (offset, size)}) of each sample
         self._samples: list[tuple[int, dict[str, tuple[int, int]]]] = []
         for number, file in enumerate(self.files):

@@ -42,7 +42,7 @@ from fpt_model.geometry import (
     inside_image,
     normalised_to_pixels,
 )
-from fpt_ros.commands.media import Frames
+from fpt_ros.commands.media import Frames, FramesWriter
 from training.config import DataConfig
 from training.data import (
     Crop,
@@ -54,6 +54,7 @@ from training.data import (
     observed,
     pick,
     random_crop,
+    shard_files,
 )
 
 log = logging.getLogger("training")
@@ -172,12 +173,14 @@ def check_tracks(tracks: Array, visible: NDArray[np.bool_], where: str) -> None:
             f"{where}: expected tracks [T, N, 2] and visibility [T, N], received shapes "
             f"{list(tracks.shape)} and {list(visible.shape)}"
         )
+    if not np.isin(visible, (0, 1)).all():  # scores or logits, whose threshold the tracker knows
+        odd = visible[~np.isin(visible, (0, 1))][0]
+        raise ValueError(f"{where}: visibility must be true or false (1, 0), received {odd:g}")
 
 
 def open_shards(folder: str | os.PathLike[str], split: str) -> Shards | TrackShards:
     """The shards of a split: of the simulation, or of videos if that is what they hold."""
-    first = min(Path(folder).glob(f"{split}-*.tar"), default=None)
-    if first is not None:
+    for first in shard_files(folder, split)[:1]:
         with tarfile.open(first) as tar:
             names = [member.name.partition(".") for member in islice(tar, _MEMBERS)]
         if any(key == names[0][0] and rest == "tracks.npy" for key, _, rest in names):
@@ -201,15 +204,18 @@ def make_example(
             f"a clip of {clip.source} has {len(clip)} frames, too few for data.horizon_frames = "
             f"{config.horizon_frames}"
         )
-    start = int(rng.integers(starts))
-    image = clip.frame(start)
+    image = clip.frame(0)
     size = (image.shape[0], image.shape[1])
-    motion = clip.motion(start, start + config.horizon_frames, size)
-    if motion.known.sum() < MIN_TRACKS:
+    for start in rng.permutation(starts).tolist():
+        motion = clip.motion(start, start + config.horizon_frames, size)
+        if motion.known.sum() >= MIN_TRACKS:
+            break
+    else:
         raise ValueError(
-            f"{motion.known.sum()} tracks of a clip of {clip.source} are known from frame {start} "
-            f"to {start + config.horizon_frames}, expected at least {MIN_TRACKS}"
+            f"no frame of a clip of {clip.source} has {MIN_TRACKS} tracks that are known "
+            f"{config.horizon_frames} frames later, the last one tried has {motion.known.sum()}"
         )
+    image = clip.frame(start)
     crop, inside = random_crop(size, config, rng), np.empty(0, np.intp)
     for candidate in (crop, Crop(0, 0, size[1], size[0], crop.flip, crop.turns)):
         crop = candidate
@@ -321,15 +327,11 @@ def _clips(frames: Frames, seconds: float, every: float) -> Iterator[tuple[int, 
 def _encode_video(frames: list[Image], fps: float) -> bytes:
     """Motion JPEG, of which each frame can be decoded by itself."""
     with tempfile.TemporaryDirectory() as folder:
-        path = str(Path(folder) / "video.avi")
-        size = (frames[0].shape[1], frames[0].shape[0])
-        writer = cv2.VideoWriter(path, cv2.VideoWriter.fourcc(*"MJPG"), fps, size)
-        if not writer.isOpened():
-            raise RuntimeError(f"OpenCV cannot write a video of {size[0]} x {size[1]} px")
-        for frame in frames:
-            writer.write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
-        writer.release()
-        return Path(path).read_bytes()
+        path = Path(folder) / "video.avi"
+        with FramesWriter(path, True, fps) as writer:
+            for frame in frames:
+                writer.write(frame)
+        return path.read_bytes()
 
 
 def _given_tracks(
@@ -370,14 +372,18 @@ def write_clips(
     ready = _given_tracks(*given, frames) if given else None
     partial = path.with_suffix(".tar.partial")
     written = left_out = 0
-    scale = np.array([frames.size[1], frames.size[0]], np.float32)
+    height, width = (n // 2 * 2 for n in frames.size)  # OpenCV's writer leaves out odd ends
+    scale = np.array([width, height], np.float32)
     with webdataset.TarWriter(str(partial), user="fpt", group="fpt", mtime=0.0) as writer:
         for first, clip in tqdm(_clips(frames, seconds, every), desc=video.name, unit="clip"):
+            clip = [frame[:height, :width] for frame in clip]
             if ready is not None:
                 tracks, visible = (a[first : first + len(clip)] for a in ready)
             else:
                 grey = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in clip]
-                tracks = lucas_kanade(grey, normalised_to_pixels(grid((side, side)), frames.size))
+                tracks = lucas_kanade(
+                    grey, normalised_to_pixels(grid((side, side)), (height, width))
+                )
                 visible = np.isfinite(tracks).all(-1)
             if np.isfinite(tracks[-1][visible[0]]).all(-1).sum() < MIN_TRACKS:
                 left_out += 1
@@ -412,6 +418,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("videos", type=Path, nargs="+", metavar="VIDEO")
     parser.add_argument("--out", type=Path, required=True, help="folder for the shards")
     parser.add_argument("--split", default="train", help="what the shards' names begin with")
+    parser.add_argument(
+        "--append", action="store_true", help="after the split's shards that are there already"
+    )
     parser.add_argument("--seconds", type=float, default=1.0, help="from a clip's start to its end")
     parser.add_argument("--every", type=float, default=1.0, help="seconds from clip to clip")
     parser.add_argument("--grid", type=int, default=64, help="side of the grid of tracked points")
@@ -428,7 +437,9 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("--seconds, --every and --grid must be positive")
     args.out.mkdir(parents=True, exist_ok=True)
     failed = []
-    for number, video in enumerate(args.videos):
+    there = [int(p.stem.rpartition("-")[2]) for p in shard_files(args.out, args.split)]
+    first = max(there, default=-1) + 1 if args.append else 0
+    for number, video in enumerate(args.videos, first):
         shard = args.out / f"{args.split}-{number:06d}.tar"
         try:
             clips = write_clips(video, shard, args.seconds, args.every, args.grid, given)
