@@ -116,15 +116,6 @@ class FlowMixture:
         """Index the batch shape (an Ellipsis is not supported)."""
         return FlowMixture(self.log_weights[index], self.means[index], self.scale_tril[index])
 
-    def reshape(self, *shape: int) -> FlowMixture:
-        """The same mixtures with another batch shape."""
-        k, d = self.components, self.dims
-        return FlowMixture(
-            self.log_weights.reshape(*shape, k),
-            self.means.reshape(*shape, k, d),
-            self.scale_tril.reshape(*shape, k, d, d),
-        )
-
     def scaled(self, *scale: float) -> FlowMixture:
         """The mixture of ``motion * scale``, one factor an axis (ValueError otherwise)."""
         s = np.asarray(scale, dtype=np.float64)

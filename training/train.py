@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: MIT
 """The query-causal trainer.
 
-``python -m training.train --config training/configs/tiny.yaml --data DIR --out RUN`` trains or, if
-RUN holds a checkpoint, goes on from it: model, moving average, optimiser, position in the data.
-``fpt train`` is the same with further options; ``docs/training.md`` has the whole.
+``fpt train --config training/configs/tiny.yaml --data DIR --out RUN`` trains or, if RUN holds a
+checkpoint, goes on from it: model, moving average, optimiser, position in the data.
+``docs/training.md`` has the whole.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import logging
@@ -27,7 +26,6 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from fpt_model import FlowPokeTransformer, load_model, save_model
-from fpt_model.allocator import keep_freed_memory
 from fpt_model.lift import lifted_state
 from training.config import OptimConfig, RunConfig
 from training.data import Example, ExampleDataset, Share, load_batches
@@ -407,28 +405,3 @@ def _cpu_seconds() -> float:
     """CPU time of this process (all threads); data workers are not counted."""
     t = os.times()
     return t.user + t.system
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument(
-        "--config", type=Path, required=True, help="YAML file, see training/configs"
-    )
-    parser.add_argument(
-        "--data", type=Path, required=True, help="folder with the shards of sim.dataset"
-    )
-    parser.add_argument("--out", type=Path, required=True, help="folder of the run")
-    parser.add_argument("overrides", nargs="*", help="section.key=value, e.g. optim.steps=100")
-    args = parser.parse_args(argv)
-    keep_freed_memory()
-    config = RunConfig.load(args.config, args.overrides)
-    fabric = launch(config.optim.precision)
-    log_from_first(fabric)
-    Trainer(config, args.data, args.out, fabric).run()
-
-
-if __name__ == "__main__":
-    main()
