@@ -414,8 +414,8 @@ class Worker:
         size: tuple[int, int] | None = None
         if held is not None and held.view is not None:
             size = held.view.size
-        elif held is not None and isinstance(held.msg, Image):
-            size = held.msg.height, held.msg.width
+        elif held is not None and not held.error and isinstance(held.msg, Image):
+            size = (held.msg.height, held.msg.width) if held.msg.height and held.msg.width else None
         if isinstance(request.msg, PokeArray):
             pokes = read_pokes(request.msg.pokes, self._parameter("max_pokes"))
             if size is not None:

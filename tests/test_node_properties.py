@@ -411,6 +411,10 @@ def test_pokes_outside_a_picture_not_yet_read_replace_none(idle: FptNode) -> Non
     assert worker._standing.pokes.xy[0, 0] == 1
     assert "x=5000" in idle._monitor._last_error
 
+    worker.process(Batch([Image(header=old)], 0, [Request("pokes", inside)], woken=False))
+    assert idle._monitor.counts["errors: pokes"] == 1  # the picture has no size to be outside of
+    assert not idle._monitor.counts["errors: internal"]
+
 
 def test_a_failure_inside_loses_no_request(idle: FptNode, monkeypatch: pytest.MonkeyPatch) -> None:
     worker, predictor = idle._worker, idle._predictor

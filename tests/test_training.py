@@ -589,7 +589,10 @@ def test_a_run_from_the_command_line(
     capsys.readouterr()
     for arguments, message in (
         ((*common, "optim.seed=4", "--quick"), "optim.seed: 3 -> 4"),
-        ((*common[:2], "--data", tmp_path, "--out", tmp_path / "new"), "no shards train-NUMBER.tar"),
+        (
+            (*common[:2], "--data", tmp_path, "--out", tmp_path / "new"),
+            "no shards train-NUMBER.tar",
+        ),
         (("--config", tmp_path / "none.yaml", *common[2:]), "none.yaml"),
     ):
         assert fpt(*arguments) == 2
