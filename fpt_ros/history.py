@@ -15,7 +15,7 @@ from sensor_msgs.msg import CompressedImage, Image
 from std_msgs.msg import Header
 
 from fpt_ros.images import ImageError
-from fpt_ros.pokes import Pokes
+from fpt_ros.pokes import Pokes, Size
 
 if TYPE_CHECKING:  # it imports torch, which programs without a model must not wait for
     from fpt_ros.pipeline import View
@@ -55,6 +55,16 @@ class HeldImage:
     def header(self) -> Header:
         """That of the message."""
         return self.msg.header
+
+    @property
+    def size(self) -> Size | None:
+        """(height, width) in px, as far as it is known: a compressed image tells it when read."""
+        if self.view is not None:
+            return self.view.size
+        if self.error or isinstance(self.msg, CompressedImage):
+            return None
+        height, width = self.msg.height, self.msg.width
+        return (height, width) if height and width else None
 
 
 class ImageHistory:

@@ -411,11 +411,7 @@ class Worker:
 
         Those for an image not yet encoded are checked to lie in it when it is answered.
         """
-        size: tuple[int, int] | None = None
-        if held is not None and held.view is not None:
-            size = held.view.size
-        elif held is not None and not held.error and isinstance(held.msg, Image):
-            size = (held.msg.height, held.msg.width) if held.msg.height and held.msg.width else None
+        size = None if held is None else held.size
         if isinstance(request.msg, PokeArray):
             pokes = read_pokes(request.msg.pokes, self._parameter("max_pokes"))
             if size is not None:

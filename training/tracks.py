@@ -180,8 +180,9 @@ def check_tracks(tracks: Array, visible: NDArray[np.bool_], where: str) -> None:
 
 def open_shards(folder: str | os.PathLike[str], split: str) -> Shards | TrackShards:
     """The shards of a split: of the simulation, or of videos if that is what they hold."""
-    for first in shard_files(folder, split)[:1]:
-        with tarfile.open(first) as tar:
+    files = shard_files(folder, split)
+    if files:
+        with tarfile.open(files[0]) as tar:
             names = [member.name.partition(".") for member in islice(tar, _MEMBERS)]
         if any(key == names[0][0] and rest == "tracks.npy" for key, _, rest in names):
             return TrackShards(folder, split)
