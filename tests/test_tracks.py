@@ -10,6 +10,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 import webdataset
 from node_harness import save_small_model
 
@@ -17,8 +18,8 @@ from fpt_model.geometry import grid, normalised_to_pixels, pixels_to_normalised
 from fpt_ros.cli import main
 from sim.dataset import Settings, write_dataset
 from training import tracks
-from training.config import DataConfig
-from training.data import Shards
+from training.config import DataConfig, RunConfig
+from training.data import ExampleDataset, Shards, UnusableSample
 from training.tracks import (
     MIN_TRACKS,
     TrackedClip,
@@ -156,8 +157,12 @@ def test_cropped_examples_move_as_the_crop_does(folder: Path) -> None:
     assert np.median(np.abs(down)) < 0.01
 
 
-def write_public(path: Path, size: int = 64, frames: int = 14, count: int = 40) -> np.ndarray:
-    """A shard as the public pipeline's: MPEG-1, and points that all shift by 3 px a frame."""
+def write_public(path: Path, frames: int = 14, broken: bool = True) -> np.ndarray:
+    """A shard as the public pipeline's: MPEG-1, and points that all shift by 3 px a frame.
+
+    With ``broken`` a second sample has no visibility.
+    """
+    size, count = 64, 40
     file = path.with_suffix(".mpg")
     writer = cv2.VideoWriter(str(file), cv2.VideoWriter.fourcc(*"PIM1"), 25, (size, size))
     for _ in range(frames):
@@ -177,7 +182,8 @@ def write_public(path: Path, size: int = 64, frames: int = 14, count: int = 40) 
     with webdataset.TarWriter(str(path)) as tar:
         members = {"tracks.npy": npy(xy.astype(np.float32)), "visibility.npy": npy(visible)}
         tar.write({"__key__": "a_0", "video.mpg": file.read_bytes(), **members})
-        tar.write({"__key__": "a_1", "video.mpg": file.read_bytes(), "tracks.npy": npy(xy)})
+        if broken:
+            tar.write({"__key__": "a_1", "video.mpg": file.read_bytes(), "tracks.npy": npy(xy)})
     return xy
 
 
@@ -196,6 +202,24 @@ def test_public_shards_are_read(tmp_path: Path) -> None:
         shards[1]
     with pytest.raises(ValueError, match=r"has 14 frames, too few for data\.horizon_frames = 25"):
         shards.example(0, 32, replace(PLAIN, horizon_frames=25), np.random.default_rng(0))
+
+
+def test_unusable_clips_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A run goes on with the others, and names them; it ends if none is of use."""
+    for number, frames in enumerate((14, 8)):
+        write_public(tmp_path / f"train-{number:06d}.tar", frames, broken=False)
+    config = RunConfig(data=PLAIN)
+    shards = open_shards(tmp_path, "train")
+    dataset, again = (ExampleDataset(shards, config) for _ in range(2))
+    examples = [dataset[number] for number in range(8)]
+    records = {id(r): r.getMessage() for r in caplog.records}  # a handler may stand twice
+    (told,) = records.values()
+    assert told.startswith("sample 1 is left out: a clip of train-000001 has 8 frames")
+    for number in (5, 2):  # whatever was drawn before
+        assert torch.equal(again[number].image, examples[number].image)
+    (tmp_path / "train-000000.tar").unlink()
+    with pytest.raises(UnusableSample, match="16 samples in a row are of no use, the last: a clip"):
+        ExampleDataset(open_shards(tmp_path, "train"), config)[0]
 
 
 def test_simulated_shards_are_told_apart(tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ from training.config import DataConfig, RunConfig
 
 log = logging.getLogger("training")
 
+_DRAWS = 16  # images in place of one that is of no use, before the run gives up
 _CANDIDATES = 64  # points among which the one that moves most is found
 _MAX_FLOW = 1.0  # image sides; motions beyond (points that pass the camera) are not supervised
 
@@ -431,6 +432,10 @@ def pick(
     return out
 
 
+class UnusableSample(ValueError):
+    """No example can be made of this image or clip; of others it may."""
+
+
 class ExampleSource(Protocol):
     """A numbered collection of images that examples are made of."""
 
@@ -440,17 +445,22 @@ class ExampleSource(Protocol):
         self, index: int, side: int, config: DataConfig, rng: np.random.Generator, dims: int = 2
     ) -> Example:
         """An example of image ``index`` for a model with inputs of ``side`` px and flow_dim
-        ``dims``."""
+        ``dims``; :class:`UnusableSample` if there is none."""
         ...
 
 
 class ExampleDataset(Dataset[Example]):
-    """Example number ``i`` of an endless, shuffled sequence over the shards."""
+    """Example number ``i`` of an endless, shuffled sequence over the shards.
+
+    In place of what no example can be made of, which is named in a warning, another is drawn;
+    :class:`UnusableSample` where so many in a row are unusable that the data must be at fault.
+    """
 
     def __init__(self, shards: ExampleSource, config: RunConfig) -> None:
         self.shards, self.config = shards, config
         self._epoch = -1
         self._order: NDArray[np.intp] = np.empty(0, dtype=np.intp)
+        self._unusable: set[int] = set()  # warned of
 
     def __getitem__(self, number: int) -> Example:
         seed, (epoch, position) = self.config.optim.seed, divmod(number, len(self.shards))
@@ -459,7 +469,19 @@ class ExampleDataset(Dataset[Example]):
             self._epoch = epoch
         rng = np.random.default_rng([seed, 1, number])
         index, model = int(self._order[position]), self.config.model
-        return self.shards.example(index, model.image_size, self.config.data, rng, model.flow_dim)
+        found: UnusableSample | None = None
+        for _ in range(_DRAWS):
+            try:
+                return self.shards.example(
+                    index, model.image_size, self.config.data, rng, model.flow_dim
+                )
+            except UnusableSample as error:
+                found = error
+                if index not in self._unusable:
+                    self._unusable.add(index)
+                    log.warning("sample %d is left out: %s", index, error)
+            index = int(rng.integers(len(self.shards)))
+        raise UnusableSample(f"{_DRAWS} samples in a row are of no use, the last: {found}")
 
 
 class Share(Sampler[int]):

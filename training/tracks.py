@@ -49,6 +49,7 @@ from training.data import (
     Example,
     Shards,
     TarSamples,
+    UnusableSample,
     assemble,
     augment,
     observed,
@@ -197,11 +198,11 @@ def make_example(
     A video shows one future and no bodies: all ``futures_per_image`` are that one, with other
     pokes and queries, and ``segment_body`` is 0 throughout, which supervises nothing.
 
-    Raises ValueError for a clip that is too short, or with fewer than ``MIN_TRACKS`` points.
+    Raises UnusableSample for a clip that is too short, or with fewer than ``MIN_TRACKS`` points.
     """
     starts = len(clip) - config.horizon_frames
     if starts < 1:
-        raise ValueError(
+        raise UnusableSample(
             f"a clip of {clip.source} has {len(clip)} frames, too few for data.horizon_frames = "
             f"{config.horizon_frames}"
         )
@@ -212,7 +213,7 @@ def make_example(
         if motion.known.sum() >= MIN_TRACKS:
             break
     else:
-        raise ValueError(
+        raise UnusableSample(
             f"no frame of a clip of {clip.source} has {MIN_TRACKS} tracks that are known "
             f"{config.horizon_frames} frames later, the last one tried has {motion.known.sum()}"
         )
