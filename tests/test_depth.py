@@ -455,7 +455,9 @@ def test_tracked_videos_show_no_depth() -> None:
     from training.tracks import TrackShards
 
     with pytest.raises(ValueError, match="flow_dim = 3"):
-        TrackShards.example(object(), 0, 32, DataConfig(), np.random.default_rng(0), 3)  # type: ignore[arg-type]
+        TrackShards.example(  # type: ignore[arg-type]
+            object(), 0, FPTConfig(flow_dim=3), DataConfig(), np.random.default_rng(0)
+        )
 
 
 # --- files -----------------------------------------------------------------------------------

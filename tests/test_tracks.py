@@ -14,12 +14,13 @@ import torch
 import webdataset
 from node_harness import save_small_model
 
+from fpt_model.config import FPTConfig
 from fpt_model.geometry import grid, normalised_to_pixels, pixels_to_normalised
 from fpt_ros.cli import main
 from sim.dataset import Settings, write_dataset
 from training import tracks
 from training.config import DataConfig, RunConfig
-from training.data import ExampleDataset, Shards, UnusableSample
+from training.data import ExampleDataset, Shards, UnusableSample, random_crop
 from training.tracks import (
     MIN_TRACKS,
     TrackedClip,
@@ -157,6 +158,19 @@ def test_cropped_examples_move_as_the_crop_does(folder: Path) -> None:
     assert np.median(np.abs(down)) < 0.01
 
 
+def test_models_that_see_a_square_are_trained_on_squares(folder: Path) -> None:
+    """So that what moves by the same px is as fast across as down, as when they are asked."""
+    config = replace(PLAIN, target_noise=0, poke_noise=0, flip=0, quarter_turn=0, informed=1)
+    model = FPTConfig(image_size=28, fit="crop")
+    shards = open_shards(folder, "clips")
+    for seed in range(8):
+        crop = random_crop((HEIGHT, WIDTH), config, np.random.default_rng(seed), square=True)
+        assert crop.width == crop.height <= HEIGHT
+        example = shards.example(0, model, config, np.random.default_rng(seed))
+        fast = example.poke_flow[..., 0].max()
+        assert 20 / HEIGHT - 0.01 < fast < 20 / (config.min_crop * HEIGHT) + 0.01
+
+
 def write_public(path: Path, frames: int = 14, broken: bool = True) -> np.ndarray:
     """A shard as the public pipeline's: MPEG-1, and points that all shift by 3 px a frame.
 
@@ -196,12 +210,13 @@ def test_public_shards_are_read(tmp_path: Path) -> None:
     assert np.allclose(motion.xy, xy[2, [0, *range(2, 40)]] * 64, atol=1e-4)
     assert np.allclose(motion.flow, [24 / 64, 0], atol=1e-6), "with the one that is hidden later"
     assert not motion.camera_static
-    example = shards.example(0, 32, PLAIN, np.random.default_rng(0))
+    example = shards.example(0, FPTConfig(), PLAIN, np.random.default_rng(0))
     assert not example.camera_static.any()
     with pytest.raises(ValueError, match=r"train-000000.tar, sample 1: expected video.*visibility"):
         shards[1]
+    config = replace(PLAIN, horizon_frames=25)
     with pytest.raises(ValueError, match=r"has 14 frames, too few for data\.horizon_frames = 25"):
-        shards.example(0, 32, replace(PLAIN, horizon_frames=25), np.random.default_rng(0))
+        shards.example(0, FPTConfig(), config, np.random.default_rng(0))
 
 
 def test_unusable_clips_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

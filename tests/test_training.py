@@ -259,7 +259,7 @@ def test_with_near_futures_examples_move_farther(data: Path) -> None:
 
     def far(config: DataConfig) -> float:
         examples = [
-            shards.example(i, 64, config, np.random.default_rng(seed))
+            shards.example(i, CONFIG.model, config, np.random.default_rng(seed))
             for i in range(len(shards))
             for seed in range(12)
         ]

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from fpt_model.config import FPTConfig
 from fpt_model.encoder import resize_square
 from fpt_model.geometry import (
     displacement_normalised_to_pixels,
@@ -129,10 +130,11 @@ class Shards(TarSamples):
         return read_sample({member: self.read(index, member) for member in self.members(index)})
 
     def example(
-        self, index: int, side: int, config: DataConfig, rng: np.random.Generator, dims: int = 2
+        self, index: int, model: FPTConfig, config: DataConfig, rng: np.random.Generator
     ) -> Example:
         """An example of one image, see :func:`make_example`."""
-        return make_example(self[index], side, config, rng, dims)
+        square = model.fit == "crop"
+        return make_example(self[index], model.image_size, config, rng, model.flow_dim, square)
 
 
 class Example(NamedTuple):
@@ -202,13 +204,18 @@ class Crop:
         return np.linalg.matrix_power(quarter, self.turns) @ mirror
 
 
-def random_crop(size: tuple[int, int], config: DataConfig, rng: np.random.Generator) -> Crop:
-    """A crop with independent width and height; a third of the time the whole image."""
+def random_crop(
+    size: tuple[int, int], config: DataConfig, rng: np.random.Generator, square: bool = False
+) -> Crop:
+    """A crop with independent width and height; a third of the time the whole image.
+
+    ``square``: with equal width and height, and the largest there is in place of the whole image.
+    """
     height, width = size
-    if rng.random() < 1 / 3:
-        w, h = width, height
-    else:
-        w, h = (round(s * rng.uniform(config.min_crop, 1)) for s in (width, height))
+    w, h = (min(size), min(size)) if square else (width, height)
+    if rng.random() >= 1 / 3:
+        w, h = (round(s * rng.uniform(config.min_crop, 1)) for s in (w, h))
+        w, h = (w, w) if square else (w, h)
     left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
     flip = bool(rng.random() < config.flip)
     turns = int(rng.integers(1, 4)) if rng.random() < config.quarter_turn else 0
@@ -274,14 +281,17 @@ def make_example(
     config: DataConfig,
     rng: np.random.Generator,
     dims: int = 2,
+    square: bool = False,
 ) -> Example:
     """Choose a crop, futures, and for each pokes and queries, with motions of ``dims`` components.
+
+    ``square`` crops are for models that see a square of an image (``fit: crop``).
 
     Where a query lies depends on the image alone (never on what moves in some future), so that the
     learned distributions are not biased towards motion.
     """
     size = (sample.rgb.shape[0], sample.rgb.shape[1])
-    crop = random_crop(size, config, rng)
+    crop = random_crop(size, config, rng, square)
     pixels = np.arange(size[0] * size[1]).reshape(size)[crop.box].ravel()
     bodies = sample.bodies.ravel()[pixels]
     on_bodies = pixels[bodies > 0]
@@ -442,10 +452,9 @@ class ExampleSource(Protocol):
     def __len__(self) -> int: ...
 
     def example(
-        self, index: int, side: int, config: DataConfig, rng: np.random.Generator, dims: int = 2
+        self, index: int, model: FPTConfig, config: DataConfig, rng: np.random.Generator
     ) -> Example:
-        """An example of image ``index`` for a model with inputs of ``side`` px and flow_dim
-        ``dims``; :class:`UnusableSample` if there is none."""
+        """An example of image ``index`` for the model; :class:`UnusableSample` if there is none."""
         ...
 
 
@@ -472,9 +481,7 @@ class ExampleDataset(Dataset[Example]):
         found: UnusableSample | None = None
         for _ in range(_DRAWS):
             try:
-                return self.shards.example(
-                    index, model.image_size, self.config.data, rng, model.flow_dim
-                )
+                return self.shards.example(index, model, self.config.data, rng)
             except UnusableSample as error:
                 found = error
                 if index not in self._unusable:

@@ -36,6 +36,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from fpt_model.config import FPTConfig
 from fpt_model.geometry import (
     displacement_pixels_to_normalised,
     grid,
@@ -159,12 +160,15 @@ class TrackShards(TarSamples):
         )
 
     def example(
-        self, index: int, side: int, config: DataConfig, rng: np.random.Generator, dims: int = 2
+        self, index: int, model: FPTConfig, config: DataConfig, rng: np.random.Generator
     ) -> Example:
-        """An example of one clip, see :func:`make_example`; ValueError unless ``dims`` is 2."""
-        if dims != 2:
-            raise ValueError(f"tracked videos show motion in the image, not flow_dim = {dims}")
-        return make_example(self[index], side, config, rng)
+        """An example of one clip, see :func:`make_example`; ValueError for another flow_dim than
+        2."""
+        if model.flow_dim != 2:
+            raise ValueError(
+                f"tracked videos show motion in the image, not flow_dim = {model.flow_dim}"
+            )
+        return make_example(self[index], model.image_size, config, rng, model.fit == "crop")
 
 
 def check_tracks(tracks: Array, visible: NDArray[np.bool_], where: str) -> None:
@@ -191,7 +195,11 @@ def open_shards(folder: str | os.PathLike[str], split: str) -> Shards | TrackSha
 
 
 def make_example(
-    clip: TrackedClip, side: int, config: DataConfig, rng: np.random.Generator
+    clip: TrackedClip,
+    side: int,
+    config: DataConfig,
+    rng: np.random.Generator,
+    square: bool = False,
 ) -> Example:
     """As :func:`training.data.make_example`, from a clip and a random start in it.
 
@@ -218,13 +226,20 @@ def make_example(
             f"{config.horizon_frames} frames later, the last one tried has {motion.known.sum()}"
         )
     image = clip.frame(start)
-    crop, inside = random_crop(size, config, rng), np.empty(0, np.intp)
-    for candidate in (crop, Crop(0, 0, size[1], size[0], crop.flip, crop.turns)):
+    crop, inside = random_crop(size, config, rng, square), np.empty(0, np.intp)
+    height, width = (min(size), min(size)) if square else size
+    left, top = (size[1] - width) // 2, (size[0] - height) // 2
+    for candidate in (crop, Crop(left, top, width, height, crop.flip, crop.turns)):
         crop = candidate
         within = inside_image(motion.xy - [crop.left, crop.top], (crop.height, crop.width))
         inside = np.flatnonzero(within)
         if motion.known[inside].sum() >= MIN_TRACKS:
             break
+    else:  # of the whole image that cannot be
+        raise UnusableSample(
+            f"the middle of a clip of {clip.source} has {motion.known[inside].sum()} known tracks, "
+            f"fewer than {MIN_TRACKS}"
+        )
     known = inside[motion.known[inside]]
     moving = known[np.linalg.norm(motion.flow[known], axis=-1) >= STILL]
     positions, motions = crop.positions(motion.xy), crop.displacements(motion.flow, size)
