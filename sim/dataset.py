@@ -16,13 +16,17 @@ those of `sim.flow`. Reading needs neither MuJoCo nor OpenGL.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import hashlib
 import io
 import json
 import multiprocessing
 import os
+import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -57,6 +61,12 @@ GENERATOR = 10
 
 
 # Reading ------------------------------------------------------------------------------------
+
+
+def shard_files(folder: str | os.PathLike[str], split: str) -> list[Path]:
+    """``SPLIT-NUMBER.tar``, in order; not those of a split whose name only begins alike."""
+    name = re.compile(re.escape(split) + r"-\d+\.tar")
+    return sorted(p for p in Path(folder).glob("*.tar") if name.fullmatch(p.name))
 
 
 @dataclass(frozen=True)
@@ -110,45 +120,44 @@ def read_sample(members: Mapping[str, Any]) -> StoredSample:
     Raises:
         ValueError: a member is missing or damaged; the message names it.
     """
+
+    def decoded(name: str, decode: Callable[[bytes], Any]) -> Any:
+        if name not in members:
+            raise ValueError(f"sample {key}: member {name!r} is missing, has {sorted(members)}")
+        try:
+            return decode(members[name])
+        except (ValueError, EOFError, cv2.error) as error:
+            raise ValueError(f"sample {key}: cannot decode {name}: {error}") from error
+
+    key = members.get("__key__", "?")
+    meta = decoded("meta.json", json.loads)
+    depth = decoded("depth.png", partial(_picture, mode=cv2.IMREAD_UNCHANGED))
     try:
-        meta = json.loads(members["meta.json"])
-        rgb = _decode_picture(members, "rgb.jpg", cv2.IMREAD_COLOR)
-        depth = _decode_picture(members, "depth.png", cv2.IMREAD_UNCHANGED)
-        bodies = _decode_picture(members, "bodies.png", cv2.IMREAD_UNCHANGED)
-        body_motion = np.load(io.BytesIO(members["body_motion.npy"]), allow_pickle=False)
-        camera_motion = np.load(io.BytesIO(members["camera_motion.npy"]), allow_pickle=False)
+        return StoredSample(
+            rgb=cv2.cvtColor(decoded("rgb.jpg", _picture), cv2.COLOR_BGR2RGB),
+            depth=depth * np.float32(meta["depth_scale"]),
+            bodies=decoded("bodies.png", partial(_picture, mode=cv2.IMREAD_UNCHANGED)),
+            intrinsics=np.array(meta["intrinsics"]),
+            camera_pose=np.array(meta["camera_pose"]),
+            body_motion=decoded("body_motion.npy", _array),
+            camera_motion=decoded("camera_motion.npy", _array),
+            causes=np.array(meta["causes"], np.int64),
+            kind=meta["kind"],
+            seed=meta["seed"],
+        )
     except KeyError as error:
-        key = members.get("__key__", "?")
-        raise ValueError(
-            f"sample {key}: member {error} is missing, has {sorted(members)}"
-        ) from None
-    return StoredSample(
-        rgb=cv2.cvtColor(rgb, cv2.COLOR_BGR2RGB),
-        depth=depth * np.float32(meta["depth_scale"]),
-        bodies=bodies,
-        intrinsics=np.array(meta["intrinsics"]),
-        camera_pose=np.array(meta["camera_pose"]),
-        body_motion=body_motion,
-        camera_motion=camera_motion,
-        causes=np.array(meta["causes"], np.int64),
-        kind=meta["kind"],
-        seed=meta["seed"],
-    )
+        raise ValueError(f"sample {key}: meta.json lacks {error}, has {sorted(meta)}") from None
 
 
-def _decode_picture(members: Mapping[str, Any], name: str, mode: int) -> NDArray:
-    picture = cv2.imdecode(np.frombuffer(members[name], np.uint8), mode)
+def _picture(data: bytes, mode: int = cv2.IMREAD_COLOR) -> NDArray:
+    picture = cv2.imdecode(np.frombuffer(data, np.uint8), mode)
     if picture is None:
-        raise ValueError(f"sample {members.get('__key__', '?')}: cannot decode {name}")
+        raise ValueError(f"no picture that OpenCV reads, {len(data)} bytes")
     return picture
 
 
-def iterate_shard(path: Path) -> Iterator[StoredSample]:
-    """The samples of one shard in order."""
-    import webdataset
-
-    for members in webdataset.WebDataset([str(path)], shardshuffle=False):
-        yield read_sample(members)
+def _array(data: bytes) -> NDArray:
+    return np.load(io.BytesIO(data), allow_pickle=False)
 
 
 # Writing ------------------------------------------------------------------------------------
@@ -156,7 +165,10 @@ def iterate_shard(path: Path) -> Iterator[StoredSample]:
 
 @dataclass(frozen=True)
 class Settings:
-    """What the contents of shards depend on, besides split and index."""
+    """What the contents of shards depend on, besides split and index.
+
+    Raises ValueError for a number that is not positive and a probability beyond [0, 1].
+    """
 
     size: int = 128  # pixels, width and height
     futures: int = 8  # an image
@@ -164,6 +176,14 @@ class Settings:
     images_per_shard: int = 500
     camera_motion_probability: float = 0.15
     wide_probability: float = 0.0  # that joints go most of their way, see `Simulator.sample_future`
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if name.endswith("_probability"):
+                if not 0 <= value <= 1:
+                    raise ValueError(f"{name} must be in [0, 1], received {value}")
+            elif value < 1:
+                raise ValueError(f"{name} must be positive, received {value}")
 
 
 def _encode(extension: str, picture: NDArray, *options: int) -> bytes:
@@ -240,7 +260,7 @@ def generate(
     first = shard * settings.images_per_shard
     for drawn in simulate(split, first, settings.images_per_shard, settings, assets):
         number, seed, world, frame, futures = drawn
-        # The scale keeps the relative error of near surfaces below that of float16.
+        # 16 bits over each image's own range: the nearest surfaces keep about three digits
         depth_scale = max(float(frame.depth.max()), 1e-3) / 65535
         meta = {
             "kind": world.kind,
@@ -280,29 +300,47 @@ def _write_shard(job: tuple[Path, str, int, Settings, Path | None]) -> int:
     path = out / f"{split}-{shard:06d}.tar"
     note = path.with_suffix(".json")
     if not _finished(path, note, settings):
-        cv2.setNumThreads(1)
-        # Mesa's software renderer draws in this thread: workers are the parallelism.
-        os.environ.setdefault("LP_NUM_THREADS", "0")
-        partial = path.with_suffix(".tar.partial")
-        with webdataset.TarWriter(str(partial), user="fpt", group="fpt", mtime=0.0) as writer:
-            for sample in generate(split, shard, settings, assets):
-                writer.write(sample)
-        record = {
-            "file": path.name,
-            "images": settings.images_per_shard,
-            "sha256": sha256(partial),
-            **_recipe(settings),
-        }
-        os.replace(partial, path)
+        with _whole_or_not(path) as unfinished:
+            with webdataset.TarWriter(
+                str(unfinished), user="fpt", group="fpt", mtime=0.0
+            ) as writer:
+                for sample in generate(split, shard, settings, assets):
+                    writer.write(sample)
+            record = {
+                "file": path.name,
+                "images": settings.images_per_shard,
+                "sha256": sha256(unfinished),
+                **_recipe(settings),
+            }
         _write_text(note, json.dumps(record))
     return settings.images_per_shard
 
 
+def _use_one_thread() -> None:
+    """Of a worker process: the processes are the parallelism, also for Mesa's renderer."""
+    cv2.setNumThreads(1)
+    os.environ.setdefault("LP_NUM_THREADS", "0")
+
+
+@contextmanager
+def _whole_or_not(path: Path) -> Iterator[Path]:
+    """What to write in place of ``path``, which it becomes at the end; removed on failure.
+
+    Each process has its own: another that writes the same, such as a job that was queued again
+    too early, must not write into it.
+    """
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        yield unfinished
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
 def _write_text(path: Path, text: str) -> None:
     """Atomically: other jobs read it, and a full disk must not leave half of it."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(text)
-    os.replace(partial, path)
+    with _whole_or_not(path) as unfinished:
+        unfinished.write_text(text)
 
 
 def _recipe(settings: Settings) -> dict[str, Any]:
@@ -324,11 +362,23 @@ def _finished(path: Path, note: Path, settings: Settings) -> bool:
 def write_manifest(out: Path, split: str, shards: int) -> dict[str, Any]:
     """Gathers the finished shards of a split in manifest-<split>.json and returns its contents.
 
+    All that are there are listed; it is complete with the first ``shards`` of them.
+
     Raises:
         ValueError: the shards' generators or settings differ.
     """
-    notes = [out / f"{split}-{i:06d}.json" for i in range(shards)]
-    records = [json.loads(note.read_text()) for note in notes if note.exists()]
+    lock = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # or a job that read less might write last
+        return _write_manifest(out, split, shards)
+    finally:
+        os.close(lock)
+
+
+def _write_manifest(out: Path, split: str, shards: int) -> dict[str, Any]:
+    beside = (tar.with_suffix(".json") for tar in shard_files(out, split))
+    notes = [note for note in beside if note.exists()]
+    records = [json.loads(note.read_text()) for note in notes]
     first = records[0] if records else {}
     recipe = {key: first.get(key) for key in ("generator", "settings")}
     for record in records:
@@ -342,7 +392,7 @@ def write_manifest(out: Path, split: str, shards: int) -> dict[str, Any]:
         "format": FORMAT,
         "split": split,
         "kinds": SPLITS[split],
-        "complete": len(records) == shards,
+        "complete": {f"{split}-{i:06d}.tar" for i in range(shards)} <= {r["file"] for r in records},
         "images": sum(r["images"] for r in records),
         **recipe,
         "shards": [{k: r[k] for k in ("file", "images", "sha256")} for r in records],
@@ -401,7 +451,9 @@ def write_dataset(
             # Fresh processes: OpenGL contexts do not survive a fork.
             # Of a pool whose process was killed (out of memory) this one raises BrokenProcessPool.
             context = multiprocessing.get_context("spawn")
-            with ProcessPoolExecutor(workers, mp_context=context) as pool:
+            with ProcessPoolExecutor(
+                workers, mp_context=context, initializer=_use_one_thread
+            ) as pool:
                 try:
                     for done in as_completed([pool.submit(_write_shard, item) for item in jobs]):
                         progress.update(done.result())
@@ -415,6 +467,8 @@ def verify(out: Path, split: str) -> None:
     """Compares the checksums of a split's manifest with its files; ValueError names differences."""
     manifest = json.loads((out / f"manifest-{split}.json").read_text())
     for record in manifest["shards"]:
+        if not (out / record["file"]).is_file():
+            raise ValueError(f"{out / record['file']} is missing, the manifest lists it")
         found = sha256(out / record["file"])
         if found != record["sha256"]:
             raise ValueError(
@@ -463,19 +517,23 @@ def main() -> None:
         "--verify", action="store_true", help="check the files' checksums at the end"
     )
     args = parser.parse_args()
-    settings = Settings(
-        size=args.size,
-        futures=args.futures,
-        images_per_world=args.images_per_world,
-        images_per_shard=args.images_per_shard,
-        camera_motion_probability=args.camera_motion,
-        wide_probability=args.wide,
-    )
-    manifest = write_dataset(
-        args.out, args.split, args.images, settings, args.workers, args.shards, args.assets
-    )
-    if args.verify:
-        verify(args.out, args.split)
+    _use_one_thread()
+    try:
+        settings = Settings(
+            size=args.size,
+            futures=args.futures,
+            images_per_world=args.images_per_world,
+            images_per_shard=args.images_per_shard,
+            camera_motion_probability=args.camera_motion,
+            wide_probability=args.wide,
+        )
+        manifest = write_dataset(
+            args.out, args.split, args.images, settings, args.workers, args.shards, args.assets
+        )
+        if args.verify:
+            verify(args.out, args.split)
+    except (ValueError, OSError, RuntimeError) as error:
+        sys.exit(str(error))
     state = "complete" if manifest["complete"] else "not yet complete"
     print(f"{args.out}: {manifest['images']} {args.split} images, {state}")
 

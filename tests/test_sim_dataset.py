@@ -2,6 +2,7 @@
 """Shards: round trip, determinism, resuming, checksums, splits."""
 
 import json
+import multiprocessing
 from dataclasses import replace
 
 import numpy as np
@@ -9,8 +10,7 @@ import pytest
 
 from sim import HELD_OUT_KINDS, TRAIN_KINDS, dataset
 from sim.dataset import Settings
-
-pytest.importorskip("mujoco")
+from training.data import Shards
 
 SMALL = Settings(size=64, futures=3, images_per_world=2, images_per_shard=6)
 
@@ -32,7 +32,8 @@ def test_manifest_lists_shards_with_checksums(written):
 
 def test_samples_decode_to_what_the_simulator_made(written):
     out, _ = written
-    stored = list(dataset.iterate_shard(out / "train-000001.tar"))
+    shards = Shards(out, "train")
+    stored = [shards[index] for index in range(6, 12)]
     made = list(dataset.generate("train", 1, SMALL))
     assert len(stored) == len(made) == 6
     from sim import Simulator
@@ -73,6 +74,37 @@ def test_finished_shards_are_kept_and_missing_ones_made(written):
     assert dataset.write_dataset(out, "train", 12, SMALL) == manifest
     assert first.stat().st_mtime_ns == stamp
     assert second.exists()
+
+
+def test_fewer_images_than_are_there_keep_the_manifest_whole(tmp_path):
+    settings = replace(SMALL, size=16, images_per_shard=1, images_per_world=1)
+    manifest = dataset.write_dataset(tmp_path, "train", 2, settings)
+    assert dataset.write_dataset(tmp_path, "train", 1, settings) == manifest
+    assert len(Shards(tmp_path, "train")) == 2
+    (tmp_path / "train-000000.tar").unlink()
+    assert not dataset.write_manifest(tmp_path, "train", 2)["complete"]
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json"] * 3 + [".tar"]
+
+
+def test_two_processes_that_make_one_shard_do_not_mix(tmp_path, monkeypatch):
+    """As when a job is queued again while it still runs."""
+    settings = replace(SMALL, size=16, images_per_shard=2, images_per_world=1)
+    generate, context = dataset.generate, multiprocessing.get_context("spawn")
+    other = context.Process(target=dataset.write_dataset, args=(tmp_path, "train", 2, settings))
+
+    def interrupted(*arguments):
+        for number, sample in enumerate(generate(*arguments)):
+            if number == 1:
+                other.start()
+                other.join()
+            yield sample
+
+    monkeypatch.setattr(dataset, "generate", interrupted)
+    manifest = dataset.write_dataset(tmp_path, "train", 2, settings)
+    assert other.exitcode == 0
+    assert manifest["complete"]
+    dataset.verify(tmp_path, "train")
+    assert not list(tmp_path.glob("*.partial"))
 
 
 def test_other_settings_in_the_same_place_are_refused(written):
@@ -138,6 +170,9 @@ def test_damage_is_found(written, tmp_path):
     (tmp_path / record["file"]).write_bytes(data)
     with pytest.raises(ValueError, match="sha256"):
         dataset.verify(tmp_path, "train")
+    (tmp_path / record["file"]).unlink()
+    with pytest.raises(ValueError, match=r"train-000000\.tar is missing"):
+        dataset.verify(tmp_path, "train")
 
 
 def test_missing_and_broken_members_are_named():
@@ -146,6 +181,11 @@ def test_missing_and_broken_members_are_named():
         dataset.read_sample({k: v for k, v in members.items() if k != "bodies.png"})
     with pytest.raises(ValueError, match=r"cannot decode rgb\.jpg"):
         dataset.read_sample({**members, "rgb.jpg": b"no picture"})
+    for name in ("rgb.jpg", "body_motion.npy", "meta.json"):
+        with pytest.raises(ValueError, match=f"sample val-00000000: cannot decode {name}"):
+            dataset.read_sample({**members, name: b""})
+    with pytest.raises(ValueError, match=r"meta\.json lacks 'depth_scale'"):
+        dataset.read_sample({**members, "meta.json": b"{}"})
 
 
 def test_splits_hold_their_kinds_and_seeds_only():
@@ -159,7 +199,27 @@ def test_splits_hold_their_kinds_and_seeds_only():
     assert not {s.seed for s in found["train"]} & {s.seed for s in found["val"]}
 
 
-def test_bad_arguments_are_named(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("images_per_shard", -1),
+        ("images_per_world", 0),
+        ("futures", 0),
+        ("size", 0),
+        ("camera_motion_probability", 7.0),
+        ("wide_probability", float("nan")),
+    ],
+)
+def test_bad_settings_are_named(name, value):
+    with pytest.raises(ValueError, match=rf"{name} must be .*, received {value}"):
+        Settings(**{name: value})
+
+
+def test_bad_arguments_are_named(tmp_path, monkeypatch):
+    options = ["--out", str(tmp_path), "--split", "train", "--images", "0"]
+    monkeypatch.setattr("sys.argv", ["sim.dataset", *options])
+    with pytest.raises(SystemExit, match="images and workers must be positive, got 0 and 1"):
+        dataset.main()
     with pytest.raises(ValueError, match="unknown split 'test'"):
         dataset.write_dataset(tmp_path, "test", 1)
     with pytest.raises(ValueError, match="images and workers"):

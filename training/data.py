@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ from fpt_model.geometry import (
     displacement_pixels_to_normalised,
     pixels_to_normalised,
 )
-from sim.dataset import FORMAT, StoredSample, read_sample
+from sim.dataset import FORMAT, StoredSample, read_sample, shard_files
 from training.config import DataConfig, RunConfig
 
 log = logging.getLogger("training")
@@ -40,12 +39,6 @@ log = logging.getLogger("training")
 _DRAWS = 16  # images in place of one that is of no use, before the run gives up
 _CANDIDATES = 64  # points among which the one that moves most is found
 _MAX_FLOW = 1.0  # image sides; motions beyond (points that pass the camera) are not supervised
-
-
-def shard_files(folder: str | os.PathLike[str], split: str) -> list[Path]:
-    """``SPLIT-NUMBER.tar``, in order; not those of a split whose name only begins alike."""
-    name = re.compile(re.escape(split) + r"-\d+\.tar")
-    return sorted(p for p in Path(folder).glob("*.tar") if name.fullmatch(p.name))
 
 
 class TarSamples:
@@ -74,6 +67,10 @@ class TarSamples:
     def members(self, index: int) -> set[str]:
         """The members of a sample, such as "rgb.jpg"."""
         return set(self._samples[index][1])
+
+    def where(self, index: int) -> Path:
+        """The file that a sample is in."""
+        return self.files[self._samples[index][0]]
 
     def read(self, index: int, member: str) -> bytes:
         """The content of a member of a sample."""
@@ -127,7 +124,8 @@ class Shards(TarSamples):
         return [(meta["kind"], meta["seed"]) for meta in metas]
 
     def __getitem__(self, index: int) -> StoredSample:
-        return read_sample({member: self.read(index, member) for member in self.members(index)})
+        members = {member: self.read(index, member) for member in self.members(index)}
+        return read_sample({**members, "__key__": f"{index} of {self.where(index)}"})
 
     def example(
         self, index: int, model: FPTConfig, config: DataConfig, rng: np.random.Generator

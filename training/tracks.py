@@ -44,6 +44,7 @@ from fpt_model.geometry import (
     normalised_to_pixels,
 )
 from fpt_ros.commands.media import Frames, FramesWriter
+from sim.dataset import shard_files
 from training.config import DataConfig
 from training.data import (
     Crop,
@@ -56,7 +57,6 @@ from training.data import (
     observed,
     pick,
     random_crop,
-    shard_files,
 )
 
 log = logging.getLogger("training")
@@ -139,7 +139,7 @@ class TrackShards(TarSamples):
     def __getitem__(self, index: int) -> TrackedClip:
         """ValueError naming the file for members that are missing or do not fit."""
         members = self.members(index)
-        where = f"{self.files[self._samples[index][0]]}, sample {index}"
+        where = f"{self.where(index)}, sample {index}"
         video = next((m for m in sorted(members) if m.startswith("video.")), None)
         if video is None or not {"tracks.npy", "visibility.npy"} <= members:
             raise ValueError(
@@ -156,7 +156,7 @@ class TrackShards(TarSamples):
             Path(video).suffix,
             tracks.astype(np.float32),
             visible.astype(bool),
-            meta.get("source", self.files[self._samples[index][0]].stem),
+            meta.get("source", self.where(index).stem),
         )
 
     def example(
