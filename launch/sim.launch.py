@@ -72,7 +72,14 @@ def generate_launch_description() -> LaunchDescription:
             ),
             # takes its own arguments (model, device, ...) from the same command line
             IncludeLaunchDescription(
-                PythonLaunchDescriptionSource(str(SHARE / "launch" / "fpt.launch.py"))
+                PythonLaunchDescriptionSource(str(SHARE / "launch" / "fpt.launch.py")),
+                # what must be as the camera has it is not for the command line
+                launch_arguments={
+                    "image": "image",
+                    "depth": "depth",
+                    "camera_info": "camera_info",
+                    "use_sim_time": "false",
+                }.items(),
             ),
             Node(
                 condition=IfCondition(LaunchConfiguration("poke")),

@@ -2,7 +2,7 @@
 """A small layer over `mujoco.MjSpec` in which the assets are written.
 
 An asset is built around the origin of its root body: it stands on z = 0, its front faces -y and its
-largest extent is about 1. `Builder.scale` turns that unit into metres, in this file alone.
+largest extent is about 1. `Builder.scale` turns that unit into metres.
 """
 
 from collections.abc import Sequence
@@ -126,9 +126,9 @@ class Builder:
 
     # Bodies ---------------------------------------------------------------------------------
 
-    def root(self, pos: Vector = (0, 0, 0), quat: Vector = (1, 0, 0, 0)) -> mujoco.MjsBody:
-        """The static root of an asset; `pos` in metres."""
-        return self.spec.worldbody.add_body(pos=pos, quat=quat)
+    def root(self, quat: Vector = (1, 0, 0, 0)) -> mujoco.MjsBody:
+        """The static root of an asset, at the origin."""
+        return self.spec.worldbody.add_body(quat=quat)
 
     def fixed(
         self, parent: mujoco.MjsBody, pos: Vector = (0, 0, 0), quat: Vector = (1, 0, 0, 0)

@@ -108,10 +108,11 @@ class SimCameraNode(Node):
         self._published = 0
         self.create_timer(1.0 / rate_hz, self._publish)
         (x, y), (dx, dy) = poke.xy[0], poke.flow[0]
+        told = f"suggested poke at ({x:.0f}, {y:.0f}) by ({dx:.1f}, {dy:.1f}) px"
         self.get_logger().info(
             f"{self._value('kind')} scene {self._value('seed')}, {size[1]} x {size[0]} px at "
             f"{rate_hz:g} Hz on {self._cameras[0].topic_name}; truth {self._value('future_seed')}: "
-            f"{future.description}; suggested poke at ({x:.0f}, {y:.0f}) by ({dx:.1f}, {dy:.1f}) px"
+            f"{future.description}; {'animated' if self._value('animate') else told}"
         )
 
     def _value(self, name: str) -> Any:

@@ -26,7 +26,8 @@ def make_contexts(
     """OpenGL's context, made current, and MuJoCo's of `model`, for pictures of (height, width).
 
     Raises:
-        RuntimeError: neither EGL nor OSMesa works; the message names the packages.
+        RuntimeError: neither EGL nor OSMesa works, where the message names the packages; or
+            pictures of this size cannot be had.
     """
     backend = rendering_backend()
     if backend is None:
@@ -38,10 +39,15 @@ def make_contexts(
         gl.make_current()
         import mujoco  # here, since importing it can fail for the same reason
 
-        model = mujoco.MjSpec().compile() if model is None else model
-        return gl, mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_50.value)
     except Exception as error:
         raise RuntimeError(f"OpenGL backend {backend!r} failed: {error}\n{_INSTALL}") from error
+    model = mujoco.MjSpec().compile() if model is None else model
+    try:
+        return gl, mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_50.value)
+    except mujoco.FatalError as error:
+        raise RuntimeError(
+            f"OpenGL backend {backend!r} has no buffer of {width} x {height} px: {error}"
+        ) from error
 
 
 if __name__ == "__main__":

@@ -137,6 +137,7 @@ def studio(size: tuple[int, int], model: mujoco.MjModel | None = None) -> Studio
     if not fits or current.size[0] < size[0] or current.size[1] < size[1]:
         if current is not None:
             size = (max(size[0], current.size[0]), max(size[1], current.size[1]))
+            delattr(_local, name)  # should there be none of the new size
             current.close()
         current = Studio(size, model)
         setattr(_local, name, current)

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""Contact sheets: `python -m sim.sheet --kind drawer --out sheet.png` shows what a kind gives.
+"""Contact sheets: `python -m sim.sheet --kind drawer --out sheet.png` shows a kind's worlds.
 
 A row holds, for two worlds: picture, true flow (colour wheel, scaled to the strongest), the
 picture afterwards, and the body mask.
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import cv2
@@ -46,8 +47,12 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=160, help="tile side in pixels")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
+    if min(args.first, args.count - 1, args.size - 1) < 0:
+        parser.error("--first must not be negative, --count and --size must be positive")
     picture = sheet(args.kind, range(args.first, args.first + args.count), args.size)
-    cv2.imwrite(str(args.out), picture[..., ::-1])
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    if not cv2.imwrite(str(args.out), picture[..., ::-1]):
+        sys.exit(f"cannot write {args.out}")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import mujoco
 import numpy as np
 from numpy.typing import NDArray
 
+from fpt_model.geometry import inside_image
 from sim import rendering
 from sim.builder import FreeBody
 from sim.flow import dense_flow, moving_bodies, point_flow
@@ -446,7 +447,7 @@ class Simulator:
         self.data.cam_xpos[0] = pose[:3, 3]
         self.data.cam_xmat[0] = (pose[:3, :3] @ _OPTICAL).ravel()
         if fovy is not None:
-            self.model.cam_fovy[0] = np.rad2deg(fovy)
+            self._fovy = float(np.rad2deg(fovy))
 
     @property
     def camera_pose(self) -> NDArray[np.float64]:
@@ -458,13 +459,14 @@ class Simulator:
     def intrinsics(self) -> NDArray[np.float64]:
         """K [3, 3] in pixels."""
         height, width = self.size
-        focal = height / 2 / np.tan(np.deg2rad(self.model.cam_fovy[0]) / 2)
+        focal = height / 2 / np.tan(np.deg2rad(self._fovy) / 2)
         return np.array([[focal, 0, (width - 1) / 2], [0, focal, (height - 1) / 2], [0, 0, 1]])
 
     # Pictures -------------------------------------------------------------------------------
 
     def _layers(self) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
         studio = self._studio()
+        self.model.cam_fovy[0] = self._fovy  # several simulators may share a model
         studio.update(self.model, self.data, self._shadows)
         depth, geoms = studio.layers(self.size)
         return depth, np.where(geoms >= 0, self._body_of_geom[geoms], 0).astype(np.uint8)
@@ -683,7 +685,7 @@ class Simulator:
         this one slips.
 
         Args:
-            xy: pixel coordinates (u, v) of the point, rounded to a whole pixel.
+            xy: pixel coordinates (u, v) of the point, taken as the whole pixel that it is in.
             motion: (du, dv) in pixels.
 
         Raises:
@@ -693,20 +695,22 @@ class Simulator:
         values = np.array([*xy, *motion], np.float64)
         if values.shape != (4,) or not np.isfinite(values).all():
             raise ValueError(f"expected finite (u, v) and (du, dv), got {xy} and {motion}")
-        u, v = (int(i) for i in np.rint(values[:2]))
-        if not (0 <= u < width and 0 <= v < height):
+        if not inside_image(values[:2], self.size):
             raise ValueError(f"the point must lie in the {width} x {height} picture, got {xy}")
+        u, v = (int(i) for i in np.clip(np.rint(values[:2]), 0, [width - 1, height - 1]))
         frame = self.render()
         body = int(frame.bodies[v, u])
         if body == 0:
             return self._still(np.eye(4))
-        qpos = self._lead(body, self._unproject(frame, u, v), np.array([u, v, 1.0]), values[2:])
+        led = self._lead(body, self._unproject(frame, u, v), np.array([u, v, 1.0]), values[2:])
+        qpos = self.data.qpos.copy()  # of what is no part, such as another's robot, too
         for i, part in enumerate(self._world.parts):
             here = slice(self._qpos_of_part[i], self._qpos_of_part[i] + (7 if part.free else 1))
-            if part.held or not (part.free or self._carried_by_part[i, body]):
-                qpos[here] = self.data.qpos[here]
-            elif not part.free:  # MuJoCo's limits are soft: a hand pulls joints beyond them
-                qpos[here] = np.clip(qpos[here], *self._range_of_part[i])
+            if part.free and not part.held:
+                qpos[here] = led[here]
+            elif not part.held and self._carried_by_part[i, body]:
+                # MuJoCo's limits are soft: a hand pulls joints beyond them
+                qpos[here] = np.clip(led[here], *self._range_of_part[i])
         self._undo_jitter(qpos, {body})
         motions = self._motion_to(qpos)
         if not moving_bodies(motions).any():

@@ -6,21 +6,19 @@ import itertools
 import subprocess
 import sys
 
+import cv2
+import mujoco
 import numpy as np
 import pytest
 
 from fpt_ros import environment
-from sim import HELD_OUT_KINDS, TRAIN_KINDS, opengl
+from sim import HELD_OUT_KINDS, TRAIN_KINDS, Simulator, opengl, sheet
+from sim.assets import BUILDERS
+from sim.builder import Builder
 from sim.flow import MIN_DEPTH, dense_flow, moving_bodies, point_flow
 from sim.kinds import split_kinds
-
-mujoco = pytest.importorskip("mujoco")
-
-from sim import Simulator  # noqa: E402
-from sim.assets import BUILDERS  # noqa: E402
-from sim.builder import Builder  # noqa: E402
-from sim.simulator import STILL  # noqa: E402
-from sim.world import build_world  # noqa: E402
+from sim.simulator import STILL
+from sim.world import build_world
 
 ALL_KINDS = TRAIN_KINDS + HELD_OUT_KINDS
 SIZE = (96, 128)
@@ -106,6 +104,26 @@ def test_worlds_may_take_turns():
     Simulator("door", 1, (64, 200)).render()
     one._frame = None  # render again
     np.testing.assert_array_equal(one.render().rgb, before.rgb)
+
+
+def test_a_picture_that_is_too_large_spoils_no_others():
+    world = Simulator("knob", 0, SIZE)
+    before = world.render()
+    with pytest.raises(RuntimeError, match=r"has no buffer of \d+ x \d+ px"):
+        Simulator("knob", 0, (40000, 16)).render()
+    world._frame = None  # render again
+    np.testing.assert_array_equal(world.render().rgb, before.rgb)
+
+
+def test_contact_sheets_show_worlds(tmp_path, monkeypatch):
+    out = tmp_path / "new" / "sheet.png"
+    options = ["--kind", "drawer", "--count", "3", "--size", "32", "--out", str(out)]
+    monkeypatch.setattr("sys.argv", ["sim.sheet", *options])
+    sheet.main()
+    picture = cv2.imread(str(out))
+    assert picture.shape == (2 * 32, 2 * 4 * 32, 3)
+    assert picture[:32].std() > 10
+    assert not picture[32:, 4 * 32 :].any(), "of the fourth there is none"
 
 
 def test_futures_do_not_disturb_the_present_and_stay_in_limits():

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Worlds from other people's files: from ones laid out as theirs are, which are not at hand."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -111,6 +112,32 @@ def test_futures_slide_the_drawer(world: ForeignSimulator) -> None:
                 ends = np.rint(np.stack([u, v], -1) + truth.flow[v, u] * 64).astype(int)
                 assert (truth.next.bodies[ends[:, 1], ends[:, 0]] == movers[0]).all()
     assert moved >= 7
+
+
+def test_worlds_of_one_object_keep_their_own_lens(assets: Path) -> None:
+    one = ForeignSimulator("metaworld/drawer", 3, (64, 64), assets=assets)
+    before, focal = one.render(), one.intrinsics[0, 0]
+    other = ForeignSimulator("metaworld/drawer", 4, (64, 64), assets=assets)
+    other.render()
+    assert other.intrinsics[0, 0] != focal == one.intrinsics[0, 0]
+    one._frame = None  # render again
+    np.testing.assert_array_equal(one.render().depth, before.depth)
+
+
+def test_a_hand_moves_the_object_alone(assets: Path, tmp_path: Path) -> None:
+    """And not what else has joints in the room, which gravity would move meanwhile."""
+    shutil.copytree(assets, tmp_path, dirs_exist_ok=True)
+    file = tmp_path / DRAWER.model
+    file.write_text(file.read_text().replace('axis="0 0 1"', 'axis="1 0 0"'))  # the arm falls
+    world = ForeignSimulator("metaworld/drawer", 3, (64, 64), assets=tmp_path)
+    frame = world.render()
+    (drawer,) = {p.body.id for p in world._world.parts} - {0}
+    led = 0
+    for v, u in np.argwhere(frame.bodies == drawer)[::97]:
+        future = world.future_of_poke((u, v), (9, 4))
+        assert set(np.flatnonzero(future.moving)) <= {drawer}
+        led += future.causes
+    assert led, "no poke moved the drawer"
 
 
 def test_shards_of_foreign_objects(assets: Path, tmp_path: Path) -> None:
