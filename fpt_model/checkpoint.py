@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
@@ -41,6 +42,7 @@ _PREFIXES = (
     ("out_mlp.", "head."),
 )
 # of its tensors those that are never applied, or constants
+_UNUSED_PARAMETERS = 5000  # at most, that timm makes and features_only then leaves out
 _UNUSED = (".cross_out.weight", "pos_emb.freqs", "input_mlp.coeffs", "mask_token")
 _QUERY = "embed.query_token"
 _POSITIONS = "encoder.backbone.pos_embed"
@@ -134,15 +136,15 @@ def _load_safetensors(path: Path, dtype: torch.dtype) -> FlowPokeTransformer:
         raise CheckpointError(f"{path} has no {_CONFIG_KEY!r} in its metadata, is it an FPT model?")
     try:
         config = FPTConfig.from_dict(json.loads(metadata[_CONFIG_KEY]))
+        # timm's encoders call theirs by three names
+        depths = {"depth": config.depth, "context_depth": config.context_depth} | {
+            f"encoder_kwargs.{name}": np.sum(config.encoder_kwargs.get(name, 0))
+            for name in ("depth", "depths", "layers")
+        }
     except (ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path} has an unusable configuration: {error}") from error
     made = {name: partial(state.__getitem__, name) for name in state}
     # before as many layers are built as it says
-    depths = {
-        "depth": config.depth,
-        "context_depth": config.context_depth,
-        "encoder_kwargs.depth": config.encoder_kwargs.get("depth", 0),
-    }
     for name, depth in depths.items():
         if depth > len(made):
             raise CheckpointError(f"{path} has {name} {depth}, but only {len(made)} tensors")
@@ -329,7 +331,7 @@ def _build(
     :func:`load_model`.
     """
     try:
-        with _parameters_without_memory():
+        with _parameters_without_memory(len(made) + _UNUSED_PARAMETERS):
             model = FlowPokeTransformer(config)
     except Exception as error:  # timm's, of whatever the configuration says, are of many types
         raise CheckpointError(f"{origin}: cannot build {config.encoder!r}: {error!r}") from error
@@ -365,17 +367,22 @@ def _same_kind(value: Tensor, expected: Tensor) -> bool:
 
 
 @contextmanager
-def _parameters_without_memory() -> Iterator[None]:
+def _parameters_without_memory(most: int) -> Iterator[None]:
     """Modules made meanwhile, in this thread, get parameters on the device "meta".
 
     A model of a gigabyte is then loaded in one, and nothing is drawn only to be replaced. Buffers
-    are as ever: some are constants that no checkpoint has.
+    are as ever: some are constants that no checkpoint has. ValueError for more than ``most``
+    parameters: a configuration may ask for any number.
     """
-    thread = threading.get_ident()
+    thread, count = threading.get_ident(), 0
 
     def strip(_: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
         if parameter is None or threading.get_ident() != thread:
             return parameter
+        nonlocal count
+        count += 1
+        if count > most:
+            raise ValueError(f"it would have more than {most} parameters")
         return nn.Parameter(parameter.to("meta"), parameter.requires_grad)
 
     handle = register_module_parameter_registration_hook(strip)  # type: ignore[arg-type]

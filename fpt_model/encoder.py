@@ -71,6 +71,8 @@ def preprocess(image: NDArray[np.uint8], config: FPTConfig) -> Tensor:
     check_image(image)
     left, top, width, height = ModelView(image.shape[0], image.shape[1], config.fit).box
     region = np.ascontiguousarray(image[top : top + height, left : left + width])
+    if not region.flags.writeable:  # torch warns of sharing such memory
+        region = region.copy()
     x = torch.from_numpy(region).permute(2, 0, 1)[None].float() / 127.5 - 1
     return resize_square(x, config.image_size)
 

@@ -12,6 +12,7 @@ import logging
 import shlex
 import shutil
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Protocol
 
@@ -135,7 +136,8 @@ class TorchEngine:
     @torch.inference_mode()
     def encode(self, image: Array) -> ImageFeatures:
         """:meth:`Engine.encode`."""
-        maps = self.model.encoder(self._tensor(image))
+        with self._exact_convolutions():
+            maps = self.model.encoder(self._tensor(image))
         return self.model.features([m.to(self._dtype) for m in maps])
 
     @torch.inference_mode()
@@ -163,6 +165,12 @@ class TorchEngine:
             pos, flow = pos[:, :0], flow[:, :0]
         assert past is not None  # there is at least one chunk, be it empty
         return torch.cat(chunks, dim=1).cpu().numpy(), past
+
+    def _exact_convolutions(self) -> AbstractContextManager[None]:
+        """In float32 on GPUs: unless told, cuDNN rounds to TF32's 10 bits."""
+        if self._device.type != "cuda" or self._dtype != torch.float32:
+            return nullcontext()
+        return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
 
     def _tensor(self, x: Array) -> Tensor:
         return torch.from_numpy(x).to(self._device)

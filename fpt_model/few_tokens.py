@@ -184,6 +184,8 @@ class FewTokens:
         images, _, image_tokens, _ = memory[0][0].shape
         if not 0 < batch * tokens <= MOST_TOKENS or images > 1 or hidden is not None:
             return self._otherwise(x, pokes, rotation, cond, memory, past, known, hidden)
+        for own in memory:
+            self._check_memory(own, image_tokens)
         kept = [self._with_place(own, batch, known, pokes) for own in past]
         pointers = self._pointers.copy()
         pointers[:, -4:] = [
@@ -196,6 +198,16 @@ class FewTokens:
         inputs = [t.contiguous() for t in (*rotation, cond)] + [x]
         self._function(sizes.ctypes.data, pointers.ctypes.data, *(t.data_ptr() for t in inputs))
         return x, kept
+
+    def _check_memory(self, memory: KeyValue, image_tokens: int) -> None:
+        """C++ is told where it lies, and nothing else."""
+        expected = 1, self._heads, image_tokens, self._head_dim
+        for t in memory:
+            if t.shape != expected or t.dtype != self._dtype or not t.is_contiguous() or t.is_cuda:
+                raise ValueError(
+                    f"expected contiguous keys and values {list(expected)} of the image in "
+                    f"{self._dtype}, received {list(t.shape)} in {t.dtype} on {t.device}"
+                )
 
     def _with_place(
         self, past: KeyValue | tuple[None, None], batch: int, known: int, pokes: int

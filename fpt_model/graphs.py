@@ -25,6 +25,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from fpt_model.engine import BackendError
 from fpt_model.model import FlowPokeTransformer
 
@@ -37,7 +39,8 @@ QUERY_BUCKETS = (1, 4, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 
 MANIFEST = "manifest.json"
 _LARGEST_BUCKET = 1 << 16
-FORMAT = 1  # of the manifest and the graphs' inputs and outputs
+# of the manifest, and of the graphs: raised whenever they take, give or compute something else
+FORMAT = 2
 
 
 def bucket(count: int, buckets: tuple[int, ...]) -> int:
@@ -63,7 +66,7 @@ def model_sha256(model: FlowPokeTransformer) -> str:
     digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True).encode())
     for key, value in sorted(model.state_dict().items()):
         digest.update(f"{key} {value.dtype} {list(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().numpy().data)
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -114,8 +117,8 @@ class Manifest:
         how = "fpt export --model MODEL --out FOLDER writes one"
         try:
             content: dict[str, Any] = json.loads(path.read_text())
-            if content.pop("format") != FORMAT:
-                raise ValueError(f"expected format {FORMAT}")
+            if (found := content.pop("format")) != FORMAT:
+                raise ValueError(f"expected format {FORMAT}, received {found}: export again")
             for name in ("batch_buckets", "poke_buckets", "query_buckets"):
                 content[name] = buckets = tuple(content[name])
                 whole = all(isinstance(b, int) and 0 < b <= _LARGEST_BUCKET for b in buckets)

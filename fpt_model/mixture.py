@@ -187,8 +187,15 @@ class FlowMixture:
         probably stays would creep toward where it might go. The expected distance to a component
         is taken as ``sqrt(|mu - x|^2 + tr Sigma)`` with the rest of its covariance, its bound by
         Jensen's inequality. The sum is smooth and convex; Newton's method finds its minimum, with
-        Weiszfeld's (1937) step, which never fails, where that is better.
+        Weiszfeld's (1937) step, which never fails, where that is better. Where the last axis is
+        NaN (:meth:`scaled_last`) so is the median's, and the others are as without it.
         """
+        unknown = np.isnan(self.means[..., -1]).any(-1)
+        if self.dims > 1 and unknown.any():
+            out = np.full((*self.shape, self.dims), np.nan)
+            out[~unknown] = self[~unknown].median()
+            out[unknown, :-1] = self[unknown].marginal(self.dims - 1).median()
+            return out
         k, d = self.components, self.dims
         # components first: numpy is slow along short last axes
         weights = np.ascontiguousarray(self.weights.reshape(-1, k).T)  # [K, N]

@@ -72,7 +72,16 @@ class OnnxEngine:
         self._manifest = manifest = Manifest.read(graphs)
         manifest.check_model(model)
         self._raw_dim = model.config.raw_dim
-        index = parse_device(device).index or 0
+        wanted = parse_device(device)
+        if wanted.type != "cpu" and not {"cuda", "tensorrt"} & set(providers):
+            text = (
+                f"the device {device!r} needs the provider tensorrt or cuda, received "
+                f"{', '.join(providers)}"
+            )
+            if strict:
+                raise BackendError(text)
+            _log.warning("%s: the model runs on the CPU", text)
+        index = wanted.index or 0
         self._encoder, first = open_session(
             manifest, precision, "encoder", providers, index, strict
         )

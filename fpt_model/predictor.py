@@ -11,7 +11,7 @@ import os
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -21,12 +21,13 @@ from fpt_model.allocator import return_freed_memory
 from fpt_model.backends import Choice, Precision, chosen_backend, open_engine
 from fpt_model.checkpoint import load_model
 from fpt_model.encoder import preprocess
-from fpt_model.engine import PRECISIONS, Context
+from fpt_model.engine import PRECISIONS, Context, Engine
 from fpt_model.geometry import ModelView, grid
 from fpt_model.mixture import FlowMixture, Reduce
 from fpt_model.model import FlowPokeTransformer, mixture_parameters
 
 Order = Literal["random", "given"]
+_FARTHEST = 1e6  # of any position or motion: the model computes in float32, and squares them
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,14 @@ class KnownPokes:
 
 @dataclass
 class Scene:
-    """An encoded image; made by :meth:`FlowPredictor.encode`. Owns everything cached about it."""
+    """An encoded image; made by :meth:`FlowPredictor.encode`. Owns everything cached about it.
+
+    It is of use to the predictor that made it only.
+    """
 
     view: ModelView
     features: Any  # the engine's
+    engine: Engine
     # by camera_static: the pokes asked about last, to which further ones are only appended
     known: dict[bool, KnownPokes] = field(default_factory=dict)
     # the unconditional answers on dense grids, by (grid size, camera_static)
@@ -143,7 +148,7 @@ class FlowPredictor:
         """Encode a uint8 RGB image ``[H, W, 3]``; ValueError for anything else."""
         x = preprocess(image, self.config).numpy()
         view = ModelView(image.shape[0], image.shape[1], self.config.fit)
-        return Scene(view, self.engine.encode(x))
+        return Scene(view, self.engine.encode(x), self.engine)
 
     def predict(
         self,
@@ -226,6 +231,7 @@ class FlowPredictor:
 
         All arguments are in model coordinates, ``[B, P, 2]``, ``[B, P, D]``, ``[Q, 2]``.
         """
+        self._check_scene(scene)
         batch = len(pos)
         known = scene.known.get(camera_static) if batch == 1 else None
         if known is not None and not known.begin(pos[0], flow[0]):
@@ -258,8 +264,11 @@ class FlowPredictor:
         ``reduce`` is the mixture's mean, its median (the least expected error, as fractions of
         the image's width and height; the node takes it in px), the mean of its most probable
         component ("mode"), or an independent draw for each cell with ``seed`` ("sample";
-        :meth:`sample_dense` draws coherent ones).
+        :meth:`sample_dense` draws coherent ones). ValueError for another.
         """
+        if reduce not in (*get_args(Reduce), "sample"):
+            choices = (*get_args(Reduce), "sample")
+            raise ValueError(f"reduce must be one of {choices}, received {reduce!r}")
         mixture = self.predict(scene, poke_pos, poke_flow, grid(size), camera_static)
         if reduce == "sample":
             flow = mixture.sample(1, np.random.default_rng(seed))[0]
@@ -317,6 +326,8 @@ class FlowPredictor:
             raise ValueError(f'order must be "random" or "given", received {order!r}')
         if num_samples < 1:
             raise ValueError(f"num_samples must be >= 1, received {num_samples}")
+        if seed < 0:
+            raise ValueError(f"seed must be >= 0, received {seed}")
         self._check_pokes(poke_pos, poke_flow, batched=False)
         rngs = [np.random.default_rng([seed, s]) for s in range(num_samples)]
         n = len(queries)
@@ -405,7 +416,8 @@ class FlowPredictor:
         self, scene: Scene, size: tuple[int, int] = (64, 64), camera_static: bool = True
     ) -> FlowMixture:
         """What might happen without any poke, on a dense grid: batch shape ``[h * w]``. Cached."""
-        key = (size, camera_static)
+        self._check_scene(scene)
+        key = ((size[0], size[1]), bool(camera_static))
         if key not in scene.unconditional:
             none = np.empty((0, 2)), np.empty((0, self.config.flow_dim))
             scene.unconditional[key] = self.predict(scene, *none, grid(size), camera_static)
@@ -450,6 +462,10 @@ class FlowPredictor:
         kl = self.influence(scene, poke_pos, poke_flow, size, camera_static)
         return kl > (self.config.kl_threshold if threshold is None else threshold)
 
+    def _check_scene(self, scene: Scene) -> None:
+        if scene.engine is not self.engine:
+            raise ValueError("the scene was encoded by another predictor, whose features it holds")
+
     def _check_pokes(
         self, pos: ArrayLike, flow: ArrayLike, batched: bool
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -481,13 +497,14 @@ def _check_points(
     if array.ndim != 2 + batched or array.shape[-1] != dims:
         expected = f"[B, N, {dims}]" if batched else f"[N, {dims}]"
         raise ValueError(f"{name} must have shape {expected}, received {list(array.shape)}")
-    usable = np.abs(array) <= np.finfo(np.float32).max  # in which the model computes
+    usable = np.abs(array) <= _FARTHEST
     if optional is not None:
         usable[..., optional:] |= np.isnan(array[..., optional:])
     finite = usable.all(-1)
     if not finite.all():
         index = tuple(int(i) for i in np.argwhere(~finite)[0])
         raise ValueError(
-            f"{name} must be finite in float32, received {array[index].tolist()} at {list(index)}"
+            f"{name} must be finite, at most {_FARTHEST:g}, received {array[index].tolist()} at "
+            f"{list(index)}"
         )
     return array

@@ -231,12 +231,15 @@ def _build_engine(manifest: Manifest, precision: str, half: Half, index: int) ->
 
 
 def tensorrt_version() -> str:
-    """Of the library that ONNX Runtime would load; BackendError when there is none."""
+    """Of all that are installed, one of which ONNX Runtime loads; BackendError without any."""
     tried = [f"libnvinfer.so.{major}" for major in _TENSORRT_MAJORS]
+    found = []
     for name in tried:
         with contextlib.suppress(OSError, AttributeError):
-            return f"{name} {ctypes.CDLL(name).getInferLibVersion()}"
-    raise BackendError(f"TensorRT is not installed: none of {', '.join(tried)} can be loaded")
+            found.append(f"{name} {ctypes.CDLL(name).getInferLibVersion()}")
+    if not found:
+        raise BackendError(f"TensorRT is not installed: none of {', '.join(tried)} can be loaded")
+    return ", ".join(found)
 
 
 def gpu_architecture(index: int) -> str:

@@ -15,6 +15,7 @@ import cv2
 import numpy as np
 import onnx
 import pytest
+import torch
 
 pytest.importorskip("fpt_msgs")
 
@@ -197,7 +198,8 @@ def test_joint_sampling_equals_pytorchs(small: Exported, image: NDArray[np.uint8
         assert_mixtures_close(own, other)
         own, other = (steps.send(drawn) for steps in both)
     assert_mixtures_close(own, other)
-    samples = small.predictor().sample(small.predictor().encode(image), pos[0], flow[0], queries, 3)
+    predictor = small.predictor()
+    samples = predictor.sample(predictor.encode(image), pos[0], flow[0], queries, 3)
     assert samples.shape == (3, 4, 3)
 
 
@@ -339,6 +341,25 @@ def test_the_real_providers_are_read_back(
     assert (instead.backend, instead.providers, instead.device) == ("onnxruntime", ("cpu",), "cpu")
     assert "and runs on cpu; this ONNX Runtime has no tensorrt; " in caplog.text
     assert {record.levelno for record in caplog.records} == {logging.WARNING}
+
+
+def test_a_device_that_no_provider_runs_on_is_told(
+    small: Exported, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(
+        BackendError, match="'cuda:1' needs the provider tensorrt or cuda, received"
+    ):
+        small.predictor(device="cuda:1")
+    assert small.predictor(device="cuda", strict=False).device == "cpu"
+    assert "received cpu: the model runs on the CPU" in caplog.text
+
+
+def test_exporting_leaves_the_global_generator_alone_and_takes_bfloat16(tmp_path: Path) -> None:
+    model, state = seeded(SMALL_3D).bfloat16(), torch.get_rng_state()
+    folder = tmp_path / "graphs"
+    export(model, folder)
+    assert torch.equal(state, torch.get_rng_state())
+    assert FlowPredictor(model, "onnxruntime", graphs=folder, strict=True).backend == "onnxruntime"
 
 
 def test_without_a_choice_graphs_are_run_where_there_are_some(small: Exported) -> None:

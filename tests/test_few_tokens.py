@@ -132,6 +132,10 @@ def test_each_row_has_its_room_and_its_flag(model: FlowPokeTransformer, threads:
             assert_close(a[:, :, : known + pokes], b[:, :, : known + pokes], 1e-5)
     with pytest.raises(ValueError, match="expected a context of 4 pokes for 3 rows"):
         few(x, pokes, rotation, flags, memory, [(k[:2], v[:2]) for k, v in past], known)
+    for change in (lambda t: t[..., :16], lambda t: t.mT, lambda t: t.double()):
+        others = [(k, change(v)) for k, v in memory]
+        with pytest.raises(ValueError, match=r"contiguous keys and values \[1, 3, 32, 32\]"):
+            few(x, pokes, rotation, flags, others, past, known)
 
 
 @needs_compiler

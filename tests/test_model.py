@@ -6,6 +6,7 @@ import dataclasses
 import json
 import pickle
 import shutil
+import warnings
 import weakref
 import zipfile
 from functools import partial
@@ -34,7 +35,7 @@ from fpt_model import (
     save_model,
 )
 from fpt_model.backends import Precision
-from fpt_model.engine import BackendError, prepare
+from fpt_model.engine import BackendError, TorchEngine, prepare
 from fpt_model.layers import QKV, position_features
 from fpt_model.model import mixture_parameters, negative_log_likelihood
 from fpt_model.packed import PackedLinear, PackedQKV, can_pack, pack
@@ -152,6 +153,16 @@ class TestMixture:
         assert np.array_equal(mix.reduce("median"), mix.median())
         with pytest.raises(ValueError, match="received 'max'"):
             mix.reduce("max")
+
+    def test_the_median_without_a_known_last_axis_is_that_of_the_others(self) -> None:
+        means = np.array([[[1.0, 2.0, 3.0], [5.0, 6.0, 7.0]]] * 3)
+        mix = FlowMixture(
+            np.log([[0.1, 0.9]] * 3), means, np.broadcast_to(0.01 * np.eye(3), (3, 2, 3, 3))
+        )
+        found = mix.scaled_last(np.array([1.0, np.nan, 2.0])).median()
+        np.testing.assert_allclose(
+            found, [[5, 6, 7], [5, 6, np.nan], [5, 6, 14]], atol=1e-3, equal_nan=True
+        )
 
     def test_the_median_of_moves_or_stays_is_the_likelier(self) -> None:
         means = np.array([[0.0, 0.0], [0.5, 0.1]])
@@ -390,9 +401,17 @@ class TestPredictor:
         assert_mixtures_close(predictor.predict(scene, self.POS, self.FLOW, queries), whole)
 
     def test_known_pokes_are_not_run_again(
-        self, predictor: FlowPredictor, image: np.ndarray
+        self, model: FlowPokeTransformer, image: np.ndarray, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Whatever was asked before, the answer is that of a fresh scene."""
+        predictor, run = FlowPredictor(model), TorchEngine.run
+        ran: dict[int, list[int]] = {}  # new pokes of each call, by scene
+
+        def counted(self: TorchEngine, *arguments: Any) -> Any:
+            ran.setdefault(id(arguments[0]), []).append(arguments[2].shape[1])
+            return run(self, *arguments)
+
+        monkeypatch.setattr(TorchEngine, "run", counted)
         queries = geometry.grid((3, 4))
         pos, flow = np.random.default_rng(0).random((2, 5, 2))
         asked = predictor.encode(image)
@@ -400,10 +419,33 @@ class TestPredictor:
             args = (pos[:count], flow[:count], queries, static)
             fresh = predictor.predict(predictor.encode(image), *args)
             assert_mixtures_close(predictor.predict(asked, *args), fresh, 1e-4)
-        assert asked.known[True].context.pokes == 2
+        assert ran[id(asked.features)] == [1, 2, 3, 2, 0, 2]
         changed = predictor.predict(asked, pos[:2], -flow[:2], queries)
         fresh = predictor.predict(predictor.encode(image), pos[:2], -flow[:2], queries)
         assert_mixtures_close(changed, fresh, 1e-4)
+
+    def test_a_scene_is_for_the_predictor_that_made_it(
+        self, predictor: FlowPredictor, model: FlowPokeTransformer, image: np.ndarray
+    ) -> None:
+        """Another's features, and what it was asked before, would be taken for one's own."""
+        other = FlowPredictor(model)
+        scene = other.encode(image)
+        other.influence(scene, self.POS, self.FLOW, [3, 4])  # type: ignore[arg-type]
+        for ask in (
+            lambda: predictor.predict(scene, self.POS, self.FLOW, self.POS),
+            lambda: predictor.unconditional(scene, (3, 4)),
+            lambda: next(predictor.sample_stepwise(scene, self.POS, self.FLOW, self.POS)),
+        ):
+            with pytest.raises(ValueError, match="encoded by another predictor"):
+                ask()
+
+    def test_read_only_images_are_taken_without_a_warning(
+        self, predictor: FlowPredictor, image: np.ndarray
+    ) -> None:
+        locked = np.frombuffer(image.tobytes(), np.uint8).reshape(image.shape)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            predictor.encode(locked)
 
     @pytest.mark.parametrize("order", ["random", "given"])
     def test_joint_samples(self, predictor: FlowPredictor, image: np.ndarray, order: str) -> None:
@@ -424,6 +466,10 @@ class TestPredictor:
         with pytest.raises(StopIteration) as end:
             next(steps)
         np.testing.assert_array_equal(end.value.value, drawn)
+        with pytest.raises(ValueError, match="seed must be >= 0, received -1"):
+            predictor.sample(*args, seed=-1)
+        with pytest.raises(ValueError, match=r"reduce must be one of .*'sample'.*received 'most'"):
+            predictor.dense(scene, self.POS, self.FLOW, reduce="most")  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="poke_pos must be finite"):
             predictor.sample(scene, [[np.nan, 0]], np.zeros((1, 2)), np.empty((0, 2)))
         with pytest.raises(ValueError, match=r"at least one sample, received \(0, 3, 2\)"):
@@ -519,7 +565,8 @@ class TestPredictor:
         both = [self.POS, self.POS[::-1]], [self.FLOW, self.FLOW[::-1]], queries
         expected = predictor.predict_batch(scene, *both)
         assert_mixtures_close(compiled.predict_batch(other, *both), expected, 1e-4)
-        assert compiled.engine.model.layers[0].forward is not model.layers[0].forward
+        assert all("forward" in vars(layer) for layer in compiled.engine.model.layers)
+        assert not any("forward" in vars(layer) for layer in predictor.engine.model.layers)
 
     def test_bf16_is_close(self, model: FlowPokeTransformer, image: np.ndarray) -> None:
         queries = geometry.grid((4, 4))
@@ -566,8 +613,9 @@ class TestPredictor:
         ("pos", "flow", "message"),
         [
             ([0.5, 0.5], [0.1, 0.1], r"poke_pos must have shape \[N, 2\], received \[2\]"),
-            ([[0.5, np.nan]], [[0.1, 0.1]], r"poke_pos must be finite .*, received \[0.5, nan\]"),
-            ([[0.5, 1e39]], [[0.1, 0.1]], r"poke_pos must be finite in float32, .* 1e\+39\]"),
+            ([[0.5, np.nan]], [[0.1, 0.1]], r"poke_pos must be finite.*, received \[0.5, nan\]"),
+            ([[0.5, 1e39]], [[0.1, 0.1]], r"poke_pos must be finite, at most 1e\+06, .* 1e\+39\]"),
+            ([[3e38, 0.5]], [[0.1, 0.1]], r"poke_pos must be finite, at most .*3e\+38"),
             ([[0.5, 0.5]], [[0.1, np.inf]], r"poke_flow must be finite.*at \[0\]"),
             ([[0.5, 0.5]], [[0.1, 0.1, 0.0]], r"poke_flow must have shape \[N, 2\]"),
             ([[0.5, 0.5]], np.zeros((2, 2)), "the same pokes"),
@@ -591,6 +639,11 @@ class TestPredictor:
     def test_bad_images(self, predictor: FlowPredictor, bad: object, message: str) -> None:
         with pytest.raises(ValueError, match=message):
             predictor.encode(bad)  # type: ignore[arg-type]
+
+
+def test_packed_products_are_there_where_onednn_has_bfloat16() -> None:
+    """What could not be packed would go unnoticed: slower, and its tests skipped."""
+    assert can_pack() == torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 @pytest.mark.skipif(not can_pack(), reason="no packed products of bfloat16 here")
@@ -701,9 +754,11 @@ class TestCheckpoint:
         [
             ("[" * 200_000, "unusable configuration"),
             ({"encoder_kwargs": {"depth": 10**7}}, r"encoder_kwargs\.depth 10000000"),
+            ({"encoder_kwargs": {"depth": "many"}}, "unusable configuration"),
+            ({"encoder_kwargs": {"layers": [10**6] * 4}}, r"encoder_kwargs\.layers 4000000"),
             ({"depth": 10**7}, "has depth 10000000, but only"),
         ],
-        ids=["nested", "deep encoder", "deep"],
+        ids=["nested", "deep encoder", "no number", "deep stages", "deep"],
     )
     def test_a_configuration_cannot_take_all_time_and_memory(
         self, model: FlowPokeTransformer, tmp_path: Path, config: str | dict[str, Any], message: str
@@ -716,6 +771,13 @@ class TestCheckpoint:
         save_file(dict(model.state_dict()), path, {"fpt_config": config})
         with pytest.raises(CheckpointError, match=message):
             load_model(path)
+
+    def test_whatever_else_makes_parameters_without_end(self) -> None:
+        with (
+            pytest.raises(ValueError, match="it would have more than 7 parameters"),
+            checkpoint._parameters_without_memory(7),
+        ):
+            nn.Sequential(*(nn.Linear(1, 1) for _ in range(10**9)))
 
     def test_unreadable_tensors_are_named(self, model: FlowPokeTransformer) -> None:
         for change, message in (

@@ -173,7 +173,9 @@ class TestSmall:
     def scene(self, predictor: FlowPredictor, image: Tensor) -> Scene:
         """Of the model's own input, since the reference's image is not one of 8 bits."""
         with torch.inference_mode():
-            return Scene(ModelView(112, 112, "crop"), predictor.engine.model.encode(image))
+            return Scene(
+                ModelView(112, 112, "crop"), predictor.engine.model.encode(image), predictor.engine
+            )
 
     def test_seeded_weights_and_inputs(self, t: dict[str, Tensor]) -> None:
         stored = load_file(REFERENCE / "small_state_dict.safetensors")
@@ -358,7 +360,8 @@ class TestBase:
         t = inputs(1234, 448, batch=1, pokes=5, queries=16)
         assert np.array_equal(t["image"].flatten()[:8].numpy(), z["image_first8"])
         with torch.inference_mode():
-            scene = Scene(ModelView(448, 448, "crop"), predictor.engine.model.encode(t["image"]))
+            features = predictor.engine.model.encode(t["image"])
+            scene = Scene(ModelView(448, 448, "crop"), features, predictor.engine)
             args = (t["poke_pos"], t["poke_flow"], t["query_pos"])
             for flag in (1, 0):
                 x, _ = predictor.engine.model.run(scene.features, None, *args, torch.tensor([flag]))

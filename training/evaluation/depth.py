@@ -173,8 +173,7 @@ def _predict(
 
 
 def _where(scene: DepthScene) -> dict[str, Mask | slice]:
-    moving = scene.scene.moving[scene.known]
-    return {"all": slice(None), "moving": moving} if moving.any() else {"all": slice(None)}
+    return {"all": slice(None), "moving": scene.scene.moving[scene.known]}
 
 
 def _copied(scene: DepthScene, poke: int) -> FloatArray:
