@@ -15,11 +15,11 @@ RUN apt-get update \
     && rosdep install --from-paths src/fpt_ros src/fpt_ros/fpt_msgs --ignore-src -y \
     && rm -rf /var/lib/apt/lists/*
 
-# apt has no torch, timm or safetensors; cv_bridge was built against NumPy 1
+# apt has no torch, timm or safetensors, and too old a typer; cv_bridge was built against NumPy 1
 RUN python3 -m venv --system-site-packages venv \
     && venv/bin/pip install --no-cache-dir "numpy<2" torch==2.13.0 torchvision==0.28.0 \
         --index-url https://download.pytorch.org/whl/cpu --extra-index-url https://pypi.org/simple \
-    && venv/bin/pip install --no-cache-dir "numpy<2" timm safetensors onnxruntime rosbags
+    && venv/bin/pip install --no-cache-dir "numpy<2" timm safetensors "typer>=0.21" onnxruntime rosbags
 
 COPY . src/fpt_ros
 RUN source /opt/ros/jazzy/setup.bash && source venv/bin/activate \

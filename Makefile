@@ -22,7 +22,7 @@ help:
 	@echo "make format                        let ruff rewrite what it can"
 	@echo "make screenshots                   the pictures of docs/viewing.md, from real nodes"
 	@echo "make bootstrap                     only create or refresh .venv"
-	@echo "make clean                         remove .venv and everything generated"
+	@echo "make clean                         remove .venv, builds, caches and demo/; not data/, runs/, evaluation/"
 
 bootstrap:
 	@command -v python3 >/dev/null || { printf '%s\n' "[bootstrap] there is no python3. On Debian and Ubuntu install it with:" \

@@ -70,7 +70,7 @@ setup(
         ],
         "bag": ["rosbags>=0.11"],  # fpt bag, and fpt view of a bag
         "view": ["rerun-sdk>=0.41"],  # fpt view
-        "cli": ["rich", "typer>=0.9"],
+        "cli": ["rich", "typer>=0.21"],
         # one of the two, which exclude each other; the second runs on NVIDIA's GPUs
         "onnx": ["onnx", "onnxruntime>=1.31", "onnxscript"],
         "onnx-gpu": ["onnx", "onnxruntime-gpu>=1.31", "onnxscript"],

@@ -64,9 +64,9 @@ FPT_PARAMETERS: tuple[Spec, ...] = (
     Spec(
         "compile",
         False,
-        "Of torch: use a C++ compiler. One query and joint samples come in half of the time, "
-        "on a CPU with AMX dense outputs, too. Configuring takes longer, most of all the first "
-        "time.",
+        "Of torch: compile the model, which needs a C++ compiler. One query and joint samples "
+        "take half of the time, on a CPU with AMX dense outputs, too. Configuring takes longer, "
+        "most of all the first time.",
         fixed=True,
     ),
     Spec("threads", 0, "CPU threads of the model; 0: the backend's default.", 0, 256, fixed=True),
