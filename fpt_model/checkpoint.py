@@ -104,7 +104,7 @@ def load_model(
         state = _MappedFile(path, partial(_open_published, path, mmap=True))
     else:
         state = _open_published(path, mmap=False)
-    return _from_reference(state, FPT_BASE, dtype)
+    return from_reference(state, FPT_BASE, dtype)
 
 
 def _can_map(path: Path) -> bool:
@@ -246,18 +246,14 @@ def save_model(
     partial.replace(path)
 
 
-def from_reference(state_dict: Mapping[str, Tensor], config: FPTConfig) -> FlowPokeTransformer:
-    """:meth:`FlowPokeTransformer.from_reference`.
+def from_reference(
+    state_dict: Mapping[str, Any], config: FPTConfig, dtype: torch.dtype = torch.float32
+) -> FlowPokeTransformer:
+    """:meth:`FlowPokeTransformer.from_reference`; ``dtype`` as in :func:`load_model`.
 
     Its DINOv2 position table is resampled once, here, to the configuration's token grid (bicubic,
     antialiased). Tensors that its forward pass never uses are dropped.
     """
-    return _from_reference(state_dict, config)
-
-
-def _from_reference(
-    state_dict: Mapping[str, Any], config: FPTConfig, dtype: torch.dtype = torch.float32
-) -> FlowPokeTransformer:
     origin = "the reference state dict"
 
     def tensor(name: str, dims: int | None = None) -> Tensor:

@@ -414,23 +414,21 @@ class FlowPokeTransformer(nn.Module):
 
     def forward(
         self,
-        image: Tensor,
+        features: ImageFeatures,
         poke_pos: Tensor,
         poke_flow: Tensor,
         query_pos: Tensor,
         camera_static: Tensor,
-        visible: Tensor | None = None,
+        visible: Tensor,
     ) -> Tensor:
         """Training: ``query_pos [B * F, G, n, 2]``, group g seeing the first ``visible[g]`` pokes.
 
-        F consecutive rows of all but ``image [B, 3, S, S]`` belong to one image. ``visible [G]``
-        None is the paper's 0, 1, 2, ... Returns ``[B * F, G, n, raw_dim]``.
+        F consecutive rows belong to one of the B images of ``features``. ``visible [G]`` is 0, 1,
+        2, ... in the paper. Returns ``[B * F, G, n, raw_dim]``.
         """
         groups, n = query_pos.shape[1:3]
-        if visible is None:
-            visible = torch.arange(groups, device=image.device)
         raw = self.forward_raw(
-            self.encode(image),
+            features,
             poke_pos,
             poke_flow,
             query_pos.flatten(1, 2),

@@ -266,8 +266,8 @@ class TestModel:
         queries = torch.rand(2, 5, 3, 2, generator=g)
         static = torch.tensor([True, False])
         with torch.no_grad():
-            together = model(image, pos, flow, queries, static)
             features = model.encode(image)
+            together = model(features, pos, flow, queries, static, torch.arange(5))
             for k in range(5):
                 alone = model.forward_raw(features, pos[:, :k], flow[:, :k], queries[:, k], static)
                 assert_close(together[:, k].numpy(), alone.numpy(), 1e-5)
@@ -279,10 +279,12 @@ class TestModel:
         pos, flow = torch.rand(6, 2, 2, generator=g), torch.randn(6, 2, 2, generator=g) * 0.2
         queries, static = torch.rand(6, 3, 4, 2, generator=g), torch.arange(6) % 2 == 0
         with torch.no_grad():
-            together = model(image, pos, flow, queries, static)
+            asked, visible = (pos, flow, queries, static), torch.arange(3)
+            together = model(model.encode(image), *asked, visible)
             for i in range(2):
                 own = slice(3 * i, 3 * i + 3)
-                alone = model(image[i : i + 1], pos[own], flow[own], queries[own], static[own])
+                features = model.encode(image[i : i + 1])
+                alone = model(features, *(x[own] for x in asked), visible)
                 assert_close(together[own].numpy(), alone.numpy(), 1e-4)
         assert (together[:3] - together[3:]).abs().max() > 1e-2, "the images differ"
 

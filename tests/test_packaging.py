@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import ast
-import math
 import os
 import re
 import shutil
@@ -16,25 +15,10 @@ from importlib.metadata import EntryPoint, entry_points, version
 from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
-import numpy as np
 import pytest
 from ament_index_python.packages import get_package_prefix, get_package_share_directory
-from rclpy.serialization import deserialize_message, serialize_message
-from std_msgs.msg import Header
 
-from fpt_msgs.action import SampleFlow
-from fpt_msgs.msg import (
-    FlowDistribution,
-    FlowSamples,
-    ModelInfo,
-    Poke,
-    PokeArray,
-    QueryArray,
-    RankedPoke,
-)
-from fpt_msgs.srv import EvaluatePokes, PlanPoke, PredictFlow, SegmentMovingPart
 from fpt_ros import environment
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -135,147 +119,6 @@ def test_package_xml_names_exactly_what_is_imported() -> None:
     package_xml = ROOT / "package.xml"
     assert xml_dependencies(package_xml, "exec_depend") - NEVER_IMPORTED == run
     assert xml_dependencies(package_xml, "test_depend") - NEVER_IMPORTED == test
-
-
-# --- messages ------------------------------------------------------------------------------------
-
-ABOUT_AN_IMAGE = {"header": "std_msgs/Header", "pokes": "sequence<fpt_msgs/Poke>"}
-OUTCOME = {"success": "boolean", "message": "string"}
-FIELDS: dict[Any, dict[str, str]] = {
-    Poke: dict.fromkeys(("x", "y", "dx", "dy", "dz"), "float"),
-    PokeArray: {"header": "std_msgs/Header", "pokes": "sequence<fpt_msgs/Poke>"},
-    QueryArray: {"header": "std_msgs/Header", "xy": "sequence<float>"},
-    FlowDistribution: {
-        "header": "std_msgs/Header",
-        "image_height": "uint32",
-        "image_width": "uint32",
-        "dims": "uint8",
-        "components": "uint8",
-        "count": "uint32",
-        "queries": "sequence<float>",
-        "weights": "sequence<float>",
-        "means": "sequence<float>",
-        "scale_tril": "sequence<float>",
-        "model_name": "string",
-        "horizon_s": "float",
-    },
-    FlowSamples: {
-        "header": "std_msgs/Header",
-        "image_height": "uint32",
-        "image_width": "uint32",
-        "dims": "uint8",
-        "samples": "uint32",
-        "count": "uint32",
-        "queries": "sequence<float>",
-        "flow": "sequence<float>",
-        "model_name": "string",
-        "horizon_s": "float",
-    },
-    ModelInfo: {
-        "model_name": "string",
-        "licence": "string",
-        "dims": "uint8",
-        "components": "uint8",
-        "horizon_s": "float",
-        "kl_threshold": "float",
-        "image_size": "uint32",
-    },
-    PredictFlow.Request: {**ABOUT_AN_IMAGE, "queries": "sequence<float>"},
-    PredictFlow.Response: {**OUTCOME, "distribution": "fpt_msgs/FlowDistribution"},
-    SegmentMovingPart.Request: {**ABOUT_AN_IMAGE, "threshold": "float"},
-    SegmentMovingPart.Response: {
-        **OUTCOME,
-        "mask": "sensor_msgs/Image",
-        "influence": "sensor_msgs/Image",
-        "threshold": "float",
-    },
-    EvaluatePokes.Request: {
-        **ABOUT_AN_IMAGE,
-        "sizes": "sequence<uint32>",
-        "queries": "sequence<float>",
-    },
-    EvaluatePokes.Response: {**OUTCOME, "distributions": "sequence<fpt_msgs/FlowDistribution>"},
-    RankedPoke: {
-        "poke": "fpt_msgs/Poke",
-        **dict.fromkeys(
-            (
-                *("score", "success_probability", "plausibility", "disturbance", "progress"),
-                *("progress_std", "information"),
-            ),
-            "float",
-        ),
-        "motion": "float[3]",
-        "motion_covariance": "float[9]",
-    },
-    PlanPoke.Request: {
-        "header": "std_msgs/Header",
-        "goal": "uint8",
-        **dict.fromkeys(("x", "y", "dx", "dy", "dz", "tolerance"), "float"),
-        **dict.fromkeys(("keep", "keep_out"), "sequence<float>"),
-        "count": "uint32",
-        "seed": "uint64",
-        "publish": "boolean",
-    },
-    PlanPoke.Response: {
-        **OUTCOME,
-        "header": "std_msgs/Header",
-        "pokes": "sequence<fpt_msgs/RankedPoke>",
-    },
-    SampleFlow.Goal: {
-        **ABOUT_AN_IMAGE,
-        "queries": "sequence<float>",
-        "samples": "uint32",
-        "seed": "uint64",
-    },
-    SampleFlow.Result: {"message": "string", "samples": "fpt_msgs/FlowSamples"},
-    SampleFlow.Feedback: {"done": "uint32", "count": "uint32"},
-}
-
-
-@pytest.mark.parametrize("message", FIELDS, ids=lambda message: message.__name__)
-def test_message_fields(message: Any) -> None:
-    assert message.get_fields_and_field_types() == FIELDS[message]
-
-
-def over_the_wire(message: Any) -> Any:
-    return deserialize_message(serialize_message(message), type(message))
-
-
-def test_pokes_round_trip() -> None:
-    pokes = [Poke(x=1.5, y=-0.5, dx=3.0, dy=-4.25, dz=math.nan), Poke(dz=0.125)]
-    received = over_the_wire(PokeArray(header=Header(frame_id="camera"), pokes=pokes))
-    assert received.header.frame_id == "camera"
-    first, second = received.pokes
-    assert (first.x, first.y, first.dx, first.dy) == (1.5, -0.5, 3.0, -4.25)
-    assert math.isnan(first.dz)
-    assert second == pokes[1]
-
-
-def test_distribution_round_trips_without_a_copy() -> None:
-    rng = np.random.default_rng(0)
-    count, components, dims = 5, 4, 2
-    arrays = {
-        "queries": rng.random((count, 2), np.float32),
-        "weights": rng.random((count, components), np.float32),
-        "means": rng.random((count, components, dims), np.float32),
-        "scale_tril": rng.random((count, components, dims, dims), np.float32),
-    }
-    sent = FlowDistribution(
-        image_height=480,
-        image_width=640,
-        dims=dims,
-        components=components,
-        count=count,
-        model_name="fpt-tiny",
-        horizon_s=0.5,
-    )
-    for name, values in arrays.items():
-        setattr(sent, name, values.ravel())
-    received = over_the_wire(sent)
-    assert received == sent
-    for name, values in arrays.items():
-        flat = np.frombuffer(getattr(received, name), np.float32)
-        np.testing.assert_array_equal(flat.reshape(values.shape), values)
 
 
 # --- installation --------------------------------------------------------------------------------

@@ -295,9 +295,11 @@ class TestSmall:
         queries, target = (torch.from_numpy(z[f"train.{name}"]) for name in ("query_pos", "target"))
         with torch.no_grad():
             raw = model(
-                *(t[name] for name in ("image", "poke_pos", "poke_flow")),
+                model.encode(t["image"]),
+                *(t[name] for name in ("poke_pos", "poke_flow")),
                 queries,
                 t["camera_static"],
+                torch.arange(queries.shape[1]),
             )
         assert_mixture(mixture_of(raw.flatten(1, 2), model.config), z, "train.", 1e-5)
         nll = negative_log_likelihood(raw, target, model.config)
@@ -309,11 +311,12 @@ class TestSmall:
         """Query q changes with exactly the pokes that the reference's mask lets it see."""
         allowed = z["train.mask"]  # 5 pokes, then 5 groups of 3 queries
         queries = torch.from_numpy(z["train.query_pos"])[:1]
-        args = (t["image"][:1], t["poke_pos"][:1], t["poke_flow"][:1])
+        args = (model.encode(t["image"][:1]), t["poke_pos"][:1], t["poke_flow"][:1])
+        last = t["camera_static"][:1], torch.arange(queries.shape[1])
 
         def raw(poke_flow: Tensor) -> Tensor:
             with torch.no_grad():
-                return model(*args[:2], poke_flow, queries, t["camera_static"][:1]).flatten(1, 2)[0]
+                return model(*args[:2], poke_flow, queries, *last).flatten(1, 2)[0]
 
         before = raw(args[2])
         for poke in range(5):

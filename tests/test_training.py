@@ -6,11 +6,13 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from random_weights import randomised
 
 from fpt_model import FlowMixture, FlowPokeTransformer, load_model, save_model
 from fpt_model.encoder import preprocess
@@ -30,7 +32,7 @@ from training.data import (
     make_example,
     random_crop,
 )
-from training.losses import energy_score
+from training.losses import Learner, energy_score
 
 CONFIG = RunConfig.from_dict(
     {
@@ -81,10 +83,20 @@ def test_examples_are_a_function_of_their_number(data: Path) -> None:
     assert not torch.equal(a[2].image, a[14].image), "the order changes from epoch to epoch"
 
 
-def test_an_epoch_shows_every_image_once(data: Path) -> None:
+def test_an_epoch_shows_every_image_once(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[int] = []
+    example = Shards.example
+
+    def noted(self: Shards, index: int, *arguments: Any) -> Any:
+        shown.append(index)
+        return example(self, index, *arguments)
+
+    monkeypatch.setattr(Shards, "example", noted)
     dataset = ExampleDataset(Shards(data, "train"), CONFIG)
-    _ = dataset[12]
-    assert sorted(dataset._order) == list(range(12))
+    for number in range(24):
+        _ = dataset[number]
+    assert sorted(shown[:12]) == sorted(shown[12:]) == list(range(12))
+    assert shown[:12] != shown[12:]
 
 
 @pytest.mark.parametrize("futures", [1, 3, 11])
@@ -298,6 +310,26 @@ def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+def test_what_is_trained_sees_exactly_its_pokes(data: Path) -> None:
+    """Each group of queries is answered as the model answers it, given its pokes alone."""
+    batch = next(load_batches(ExampleDataset(Shards(data, "train"), CONFIG), range(3), 3, 0))
+    learner = Learner(randomised(FlowPokeTransformer(CONFIG.model))).eval()
+    image, visible = batch.image.float() / 127.5 - 1, torch.tensor(CONFIG.data.visible_pokes)
+    with torch.no_grad():
+        raw, _ = learner(image, batch, visible)
+        features = learner.model.encode(image)
+        pos, flow, queries, static = (
+            x.flatten(0, 1)
+            for x in (batch.poke_pos, batch.poke_flow, batch.query_pos, batch.camera_static)
+        )
+        for group, k in enumerate(visible.tolist()):
+            alone = learner.model.forward_raw(
+                features, pos[:, :k], flow[:, :k], queries[:, group], static
+            )
+            assert (raw[:, group] - alone).abs().max() < 1e-4
+    assert (raw[:, 0] - raw[:, -1]).abs().max() > 1e-2, "pokes change the answers"
+
+
 def test_resuming_is_exact(data: Path, run: Path, tmp_path: Path) -> None:
     """Two steps, a stop, and two more give the same weights as four."""
     first = train.Trainer(CONFIG, data, tmp_path)
@@ -475,7 +507,8 @@ def test_a_larger_model_goes_on_where_the_smaller_one_stopped(tmp_path: Path) ->
     asked = torch.rand(1, 2, 2, generator=g), torch.rand(1, 2, 2, generator=g)
     asked = *asked, torch.rand(1, 1, 4, 2, generator=g), torch.tensor([True]), torch.tensor([2])
     with torch.no_grad():
-        assert (model(image, *asked) - small(image, *asked)).abs().max() < 1e-5
+        found, expected = (m(m.encode(image), *asked) for m in (model, small))
+    assert (found - expected).abs().max() < 1e-5
 
 
 def test_another_number_of_components_gets_a_new_last_layer(run: Path) -> None:

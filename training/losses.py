@@ -37,22 +37,21 @@ class Learner(nn.Module):
 
         ``image [B, 3, S, S]`` in [-1, 1].
         """
-        groups, n = batch.query_pos.shape[2:4]
         features = self.model.encode(image)
-        raw = self.model.forward_raw(
+        raw = self.model(
             features,
             batch.poke_pos.flatten(0, 1),
             batch.poke_flow.flatten(0, 1),
-            batch.query_pos.flatten(0, 1).flatten(1, 2),
+            batch.query_pos.flatten(0, 1),
             batch.camera_static.flatten(),
-            visible.repeat_interleave(n),
+            visible,
         )
         points = sample_maps(
             features.maps, batch.segment_pos, self.model.config.sample_align_corners
         )
         e = F.normalize(self.embedding(points).float(), dim=-1)
         logits = self.scale * (e @ e.transpose(-1, -2)) + self.bias
-        return raw.unflatten(1, (groups, n)), logits
+        return raw, logits
 
 
 class Terms(NamedTuple):

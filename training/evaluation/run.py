@@ -72,20 +72,15 @@ def load_predictor(
 ) -> FlowPredictor:
     """The model by PyTorch, or by ONNX Runtime from exported ``graphs``, and by nothing else.
 
-    Raises EvaluationError for a precision that they have not; FileNotFoundError, CheckpointError
-    and BackendError.
+    Raises ValueError for a precision that they have not; FileNotFoundError, CheckpointError and
+    BackendError.
     """
-    try:
-        return FlowPredictor.load(
-            model,
-            precision=precision,  # type: ignore[arg-type]  # checked there
-            graphs=graphs,
-            strict=True,
-        )
-    except CheckpointError:
-        raise
-    except ValueError as error:
-        raise EvaluationError(str(error)) from error
+    return FlowPredictor.load(
+        model,
+        precision=precision,  # type: ignore[arg-type]  # checked there
+        graphs=graphs,
+        strict=True,
+    )
 
 
 def load_single_gaussian(model: str) -> FlowPredictor:
