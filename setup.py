@@ -81,6 +81,7 @@ setup(
             "lightning-fabric>=2.6",
             "matplotlib",
             "tensorboard",
+            "tqdm",
         ],
         "dev": [
             "hypothesis",

@@ -33,7 +33,6 @@ from rclpy.lifecycle import TransitionCallbackReturn as Transition
 from rclpy.parameter import Parameter
 from rclpy.publisher import Publisher
 from rclpy.qos import (
-    DurabilityPolicy,
     QoSPolicyKind,
     QoSProfile,
     ReliabilityPolicy,
@@ -50,6 +49,7 @@ from visualization_msgs.msg import MarkerArray
 from fpt_model import FlowPredictor
 from fpt_msgs.action import SampleFlow
 from fpt_msgs.msg import ModelInfo, PokeArray, QueryArray
+from fpt_ros import qos
 from fpt_ros.first_thread import FirstThread
 from fpt_ros.inbox import Request
 from fpt_ros.monitor import TIMES, Monitor
@@ -66,18 +66,10 @@ FEEDBACK_PERIOD_S = 0.1
 RESULT_TIMEOUT_S = 30
 """The action's results can be fetched for this long."""
 
-# An image that is lost is soon replaced, and a best-effort reader matches every camera. The depth
-# (that of ROS's sensor data profile) lets all images be named while a callback is late.
-_IMAGE_QOS = QoSProfile(depth=5, reliability=ReliabilityPolicy.BEST_EFFORT)
 # A lost command is lost for good, and commanders publish reliably by default.
 _COMMAND_QOS = QoSProfile(depth=10, reliability=ReliabilityPolicy.RELIABLE)
 _OUTPUT_QOS = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE)
 _MARKER_QOS = QoSProfile(depth=10, reliability=ReliabilityPolicy.RELIABLE)  # deletions come once
-_LATCHED_QOS = QoSProfile(
-    depth=1,
-    reliability=ReliabilityPolicy.RELIABLE,
-    durability=DurabilityPolicy.TRANSIENT_LOCAL,
-)
 
 _OVERRIDABLE = (
     QoSPolicyKind.HISTORY,
@@ -359,33 +351,33 @@ class FptNode(LifecycleNode):
             )
             outputs = outputs | self._scene.table
         for name, (msg_type, build) in outputs.items():
-            qos = _MARKER_QOS if msg_type is MarkerArray else _OUTPUT_QOS
-            self._outputs.append((self._create_output(msg_type, name, qos), build))
+            profile = _MARKER_QOS if msg_type is MarkerArray else _OUTPUT_QOS
+            self._outputs.append((self._create_output(msg_type, name, profile), build))
         for name in TIMES:
             topic = f"debug/{name.replace(' ', '_')}_ms"
             self._latencies[name] = self._create_output(Float64, topic, _OUTPUT_QOS)
-        self._info = self.create_publisher(ModelInfo, "~/info", copy(_LATCHED_QOS))
+        self._info = self.create_publisher(ModelInfo, "~/info", qos.latched())
         self._info.publish(self._messages.model_info())
         camera: tuple[type, str] = (Image, "image")
         if self._value("image_transport") == "compressed":
             # below the camera's topic, also when that is remapped, as image_transport has it
             camera = (CompressedImage, f"{self.resolve_topic_name('image')}/compressed")
-        depth: tuple[Any, ...] = (Image, "depth", _IMAGE_QOS, self._on_depth)
-        for msg_type, name, qos, callback in (
-            (*camera, _IMAGE_QOS, self._on_image),
+        depth: tuple[Any, ...] = (Image, "depth", qos.camera(), self._on_depth)
+        for msg_type, name, profile, callback in (
+            (*camera, qos.camera(), self._on_image),
             (PokeArray, "pokes", _COMMAND_QOS, partial(self._on_command, "pokes")),
             (QueryArray, "queries", _COMMAND_QOS, partial(self._on_command, "queries")),
-            (CameraInfo, "camera_info", _IMAGE_QOS, self._on_camera_info),
+            (CameraInfo, "camera_info", qos.camera(), self._on_camera_info),
             *([depth] if self._with_depth else []),
         ):  # one by one, so that a failure leaves none behind
-            self._inputs.append(self._create_input(msg_type, name, qos, callback))
+            self._inputs.append(self._create_input(msg_type, name, profile, callback))
 
-    def _create_output(self, msg_type: type, name: str, qos: QoSProfile) -> LifecyclePublisher:
+    def _create_output(self, msg_type: type, name: str, profile: QoSProfile) -> LifecyclePublisher:
         topic = self.resolve_topic_name(f"~/{name}")
         return self.create_lifecycle_publisher(
             msg_type,
             f"~/{name}",
-            copy(qos),
+            copy(profile),
             qos_overriding_options=QoSOverridingOptions(_OVERRIDABLE),
             event_callbacks=PublisherEventCallbacks(
                 incompatible_qos=lambda event: self._warn_qos(topic, "publisher", event),
@@ -394,14 +386,14 @@ class FptNode(LifecycleNode):
         )
 
     def _create_input(
-        self, msg_type: type, name: str, qos: QoSProfile, callback: Callable[[Any], None]
+        self, msg_type: type, name: str, profile: QoSProfile, callback: Callable[[Any], None]
     ) -> Subscription:
         topic = self.resolve_topic_name(name)
         return self.create_subscription(
             msg_type,
             name,
             callback,
-            copy(qos),
+            copy(profile),
             qos_overriding_options=QoSOverridingOptions(_OVERRIDABLE),
             event_callbacks=SubscriptionEventCallbacks(
                 incompatible_qos=lambda event: self._warn_qos(topic, "subscription", event)

@@ -22,7 +22,6 @@ from rclpy.client import Client
 from rclpy.clock import Clock
 from rclpy.clock_type import ClockType
 from rclpy.node import Node
-from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
 from rclpy.task import Future
 from sensor_msgs.msg import CameraInfo, Image
 from std_msgs.msg import Header
@@ -32,6 +31,7 @@ from fpt_model.depth import Depth, DepthError
 from fpt_model.mixture import FlowMixture
 from fpt_msgs.msg import ModelInfo, PokeArray, RankedPoke
 from fpt_msgs.srv import EvaluatePokes, PlanPoke, PredictFlow
+from fpt_ros import qos
 from fpt_ros.depth import DepthHistory, read_depth
 from fpt_ros.history import stamp_ns
 from fpt_ros.images import flat_array
@@ -78,8 +78,6 @@ DISCOVERY_S = 2.0
 """The FPT node's services and model may be missing for this long."""
 
 _LOOK_S = 0.1  # how often it is looked for them meanwhile
-_SENSOR_QOS = QoSProfile(depth=5, reliability=ReliabilityPolicy.BEST_EFFORT)
-_LATCHED_QOS = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
 
 
 class PokePlanner(Node):
@@ -95,8 +93,8 @@ class PokePlanner(Node):
         self._steady = Clock(clock_type=ClockType.STEADY_TIME)
         self._pokes = self.create_publisher(PokeArray, "pokes", 10)
         self._markers = self.create_publisher(MarkerArray, "~/markers", 10)
-        self.create_subscription(ModelInfo, "fpt/info", self._on_info, _LATCHED_QOS)
-        self.create_subscription(CameraInfo, "camera_info", self._on_camera_info, _SENSOR_QOS)
+        self.create_subscription(ModelInfo, "fpt/info", self._on_info, qos.latched())
+        self.create_subscription(CameraInfo, "camera_info", self._on_camera_info, qos.camera())
         # a plan waits for responses, which must not wait for the plan
         self._group = ReentrantCallbackGroup()
         self._predict = self._client(PredictFlow, "fpt/predict_flow")
@@ -112,7 +110,7 @@ class PokePlanner(Node):
         if msg.dims == 3 and self._depths is None:
             # of as many images as the FPT node keeps, unless it is told otherwise
             self._depths = DepthHistory(int(_FPT["image_history"].default))
-            self.create_subscription(Image, "depth", self._depths.add, _SENSOR_QOS)
+            self.create_subscription(Image, "depth", self._depths.add, qos.camera())
 
     def _on_camera_info(self, msg: CameraInfo) -> None:
         self._camera_info = msg

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 
 import numpy as np
 from rclpy.node import Node
-from rclpy.qos import DurabilityPolicy, QoSProfile
 from std_msgs.msg import Header
 
 from fpt_msgs.msg import PokeArray
+from fpt_ros import qos
 from fpt_ros.commands.arguments import parse_poke
 from fpt_ros.messages import pokes_to_msg
 from fpt_ros.parameters import Spec, declare_parameters
@@ -31,7 +31,6 @@ PARAMETERS = (
     ),
     Spec("rate_hz", 1.0, "Repetitions a second, 1/s.", 0.1, 100.0, read_only=True),
 )
-_LATCHED = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
 
 
 class PokePublisher(Node):
@@ -46,7 +45,9 @@ class PokePublisher(Node):
             values = np.array([parse_poke(text) for text in own])
             self._msg = pokes_to_msg(Pokes(values[:, :2], values[:, 2:4], values[:, 4]), Header())
         else:
-            self.create_subscription(PokeArray, "suggested_poke", self._on_suggestion, _LATCHED)
+            self.create_subscription(
+                PokeArray, "suggested_poke", self._on_suggestion, qos.latched()
+            )
         self._publisher = self.create_publisher(PokeArray, "pokes", 10)
         self._state = ""
         self.create_timer(1.0 / self.get_parameter("rate_hz").value, self._publish)

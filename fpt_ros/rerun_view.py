@@ -19,7 +19,6 @@ import rerun as rr
 import rerun.blueprint as rrb
 from numpy.typing import NDArray
 from rclpy.node import Node
-from rclpy.qos import QoSProfile, ReliabilityPolicy
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image, PointCloud2, PointField
 from visualization_msgs.msg import Marker, MarkerArray
 
@@ -32,6 +31,7 @@ from fpt_model.visualize import (
     POKE_COLOUR,
 )
 from fpt_msgs.msg import FlowDistribution, PokeArray
+from fpt_ros import qos
 from fpt_ros.history import stamp_ns
 from fpt_ros.images import image_to_array, image_to_rgb
 from fpt_ros.markers import DEPTH_M, MIN_ARROW_PX, Plane
@@ -354,10 +354,11 @@ class ViewNode(Node):
         super().__init__("fpt_view")
         self._recording, self._log = recording, RerunLog(recording)
         self._end_s = None if duration_s is None else time.monotonic() + duration_s
-        best_effort = QoSProfile(depth=5, reliability=ReliabilityPolicy.BEST_EFFORT)
         for name, topic in topics.items():
             msg_type = CompressedImage if name == "image" and compressed else TYPES[name][0]
-            self.create_subscription(msg_type, topic, partial(self._show, name, topic), best_effort)
+            self.create_subscription(
+                msg_type, topic, partial(self._show, name, topic), qos.camera()
+            )
         self.create_timer(0.1, self._look_at_the_clock)
         self.get_logger().info(f"shows {', '.join(topics.values())}")
 

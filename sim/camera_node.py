@@ -21,12 +21,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 from rclpy.node import Node
-from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
+from rclpy.qos import QoSProfile, ReliabilityPolicy
 from sensor_msgs.msg import CameraInfo, Image
 from std_msgs.msg import Header
 
 from fpt_model.geometry import displacement_normalised_to_pixels
 from fpt_msgs.msg import PokeArray
+from fpt_ros import qos
 from fpt_ros.images import array_to_image
 from fpt_ros.messages import pokes_to_msg
 from fpt_ros.parameters import Spec, declare_parameters
@@ -56,11 +57,6 @@ PARAMETERS = tuple(
     )
 )
 _QOS = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE)
-_LATCHED = QoSProfile(
-    depth=1,
-    reliability=ReliabilityPolicy.RELIABLE,
-    durability=DurabilityPolicy.TRANSIENT_LOCAL,
-)
 _MAX_DRAWS = 100  # of futures, until something visible moves in one
 
 
@@ -97,7 +93,7 @@ class SimCameraNode(Node):
         self._truths = [
             self.create_publisher(Image, topic, _QOS) for topic in ("~/true_flow", "~/true_mask")
         ]
-        suggested = self.create_publisher(PokeArray, "~/suggested_poke", _LATCHED)
+        suggested = self.create_publisher(PokeArray, "~/suggested_poke", qos.latched())
         poke = _suggested_poke(truth)
         if not self._value("animate"):
             # a zero stamp: the scene does not change, so the poke holds for the newest image

@@ -327,7 +327,8 @@ def test_lifecycle_and_laziness(model: Path) -> None:
     node = Process(
         python_module(
             "fpt_ros.node", "-p", "autostart:=false", "-p", "model:=absent", "-p",
-            "diagnostics_period_s:=0.2", "-p", "max_age_ms:=30000.0", "-r", "__ns:=/left",
+            "diagnostics_period_s:=0.2", "-p", "max_age_ms:=30000.0", "-p", "precision:=bf16",
+            "-r", "__ns:=/left",
         ),
         domain,
     )  # fmt: skip
@@ -383,7 +384,7 @@ def test_lifecycle_and_laziness(model: Path) -> None:
         ).status[0]
         assert (answered.level, answered.name) == (DiagnosticStatus.OK, "left/fpt: inference")
         values = values_of(answered)
-        assert values["device active"] == "cpu"
+        assert (values["device active"], values["precision active"]) == ("cpu", "bf16")
         assert values["predict time"].endswith(tuple("0123456789"))
         assert values["dense time"] == "n/a"
 

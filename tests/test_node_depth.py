@@ -332,9 +332,9 @@ def expect_two_dimensions(user: DepthUser, header: Header, *words: str) -> None:
     assert np.isfinite(np.frombuffer(msg.means, np.float32)).all()
     user.receive("flow", header)
     user.receive("mask", header)
+    user.diagnostics(lambda values: values["depth"] == "none: answering in the image alone")
     assert not any(m.header == header for m in user.client.received["/fpt/points"])
     assert not any(m.header == header for m in user.client.received["/fpt/occlusion"])
-    user.diagnostics(lambda values: values["depth"] == "none: answering in the image alone")
 
 
 @pytest.mark.parametrize(
@@ -650,9 +650,23 @@ def test_no_poke_leads_through_the_camera(predictor: FlowPredictor) -> None:
 
 
 def test_occlusion_on_the_grid_is_that_of_the_image(predictor: FlowPredictor) -> None:
-    seen = view(predictor)
-    coarse = Answer(predictor, seen, PUSH, None, replace(SETTINGS, full_resolution=False)).occlusion
-    assert coarse.shape == DENSE
+    """Of a near square that moves 12 px to the right over what is far."""
+    far = np.full(SIZE, 3, np.float32)
+    far[12:32, 16:32] = 1
+    seen = replace(view(predictor), depth=Depth(far, CAMERA))
+    step = HEIGHT // DENSE[0]
+    middles = slice(step // 2, None, step)
+    motion = (far[middles, middles] == 1)[..., None] * [12.0, 0.0, 0.0]
+    fine, coarse = (
+        Answer(predictor, seen, PUSH, None, replace(SETTINGS, full_resolution=full))
+        for full in (True, False)
+    )
+    for answer in (fine, coarse):  # in place of what is predicted
+        vars(answer)["_motion_in_depth"] = None, motion.reshape(-1, 3)
+    assert coarse.occlusion.shape == DENSE
+    assert 12 * 20 * 0.7 < fine.occlusion.sum() < 12 * 20 * 1.3
+    assert (coarse.occlusion == fine.occlusion[middles, middles]).mean() > 0.95
+    assert coarse.occlusion[3:8, 8:11].mean() > 0.7
     with pytest.raises(ValueError, match="needs the depth"):
         _ = Answer(predictor, view(predictor, depth=False), PUSH, None, SETTINGS).occlusion
 
