@@ -16,9 +16,6 @@ import numpy as np
 import onnx
 import pytest
 import torch
-
-pytest.importorskip("fpt_msgs")
-
 from closeness import assert_close, assert_mixtures_close
 from diagnostic_msgs.msg import DiagnosticArray
 from lifecycle_msgs.msg import Transition

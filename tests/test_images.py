@@ -7,9 +7,6 @@ import struct
 import cv2
 import numpy as np
 import pytest
-
-pytest.importorskip("sensor_msgs")
-
 from sensor_msgs.msg import CompressedImage, Image
 from std_msgs.msg import Header
 

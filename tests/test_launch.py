@@ -13,9 +13,6 @@ import cv2
 import numpy as np
 import pytest
 import yaml
-
-pytest.importorskip("fpt_msgs")
-
 from node_harness import (
     ROOT,
     Client,

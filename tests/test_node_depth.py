@@ -13,9 +13,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-
-pytest.importorskip("fpt_msgs")
-
 from builtin_interfaces.msg import Time as Stamp
 from geometry_msgs.msg import Quaternion, Transform, TransformStamped, Vector3
 from node_harness import (

@@ -10,9 +10,6 @@ from weakref import ref
 
 import numpy as np
 import pytest
-
-pytest.importorskip("fpt_msgs")
-
 from node_harness import save_small_model, wait_until
 from sensor_msgs.msg import Image
 from std_msgs.msg import Header

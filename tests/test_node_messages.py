@@ -5,9 +5,6 @@ import re
 
 import numpy as np
 import pytest
-
-pytest.importorskip("fpt_msgs")
-
 from node_harness import ROOT
 from std_msgs.msg import Header
 

@@ -11,12 +11,9 @@ from pathlib import Path
 from queue import Queue
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
-
-pytest.importorskip("fpt_msgs")
-
-import cv2
 import rclpy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st

@@ -13,9 +13,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-
-pytest.importorskip("fpt_msgs")
-
 from node_harness import (
     Client,
     Process,
