@@ -3,18 +3,17 @@
 
 A pixel lies on its ray at a depth of 1 m, with the camera's intrinsics where `camera_info` tells
 them: in RViz's Camera display the markers then cover what they are about. Otherwise with those of a
-nominal camera, see :meth:`Plane.nominal`.
+nominal camera, see :meth:`Intrinsics.nominal`.
 """
 
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import dataclass
 
 import cv2
 import numpy as np
 from geometry_msgs.msg import Point, Pose, Quaternion, Vector3
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from rclpy.duration import Duration
 from sensor_msgs.msg import CameraInfo
 from std_msgs.msg import ColorRGBA, Header
@@ -46,39 +45,15 @@ _ELLIPSE_OPACITY = 0.4  # of its mode's arrow
 _FLAT_M = 1e-3  # thickness of an ellipse
 
 
-@dataclass(frozen=True)
-class Plane:
-    """Pixels to metres on the plane at DEPTH_M: ``(pixel - centre) / focal * DEPTH_M``."""
+def display_camera(info: CameraInfo | None, size: Size) -> Intrinsics:
+    """That of the rectified camera, as image_geometry takes it: the projection matrix P.
 
-    focal: NDArray[np.float64]  # [2] px
-    centre: NDArray[np.float64]  # [2] px
-
-    @classmethod
-    def nominal(cls, size: Size) -> Plane:
-        """That of a camera as far from the plane as the image is wide (53 degrees), centred."""
-        camera = Intrinsics.nominal(size)
-        return cls(camera.focal, camera.centre)
-
-    @classmethod
-    def of(cls, info: CameraInfo | None, size: Size) -> Plane:
-        """That of the rectified camera, as image_geometry takes it: the projection matrix P.
-
-        The nominal one where ``info`` is None, not calibrated, or about an image of another size.
-        """
-        if info is not None:
-            with suppress(DepthError):
-                camera = camera_intrinsics(info, size)
-                return cls(camera.focal, camera.centre)
-        return cls.nominal(size)
-
-    def point(self, xy: ArrayLike) -> Point:
-        """Where a pixel lies."""
-        x, y = (np.asarray(xy) - self.centre) / self.focal * DEPTH_M
-        return Point(x=float(x), y=float(y), z=DEPTH_M)
-
-    def length(self, px: float) -> float:
-        """About how long a length in px is, m."""
-        return float(px / self.focal.mean() * DEPTH_M)
+    The nominal one where ``info`` is None, not calibrated, or about an image of another size.
+    """
+    if info is not None:
+        with suppress(DepthError):
+            return camera_intrinsics(info, size)
+    return Intrinsics.nominal(size)
 
 
 class Display:
@@ -117,7 +92,7 @@ class Markers:
         pokes: Pokes,
         queries: NDArray[np.float64],
         mixture: FlowMixture,
-        plane: Plane,
+        camera: Intrinsics,
         header: Header,
         lifetime_s: float,
     ) -> MarkerArray:
@@ -130,13 +105,13 @@ class Markers:
             lifetime_s: after which RViz removes what was not renewed; 0: never.
         """
         drawn = [
-            poke_arrow("pokes", i, plane, start, flow, 1.0)
+            poke_arrow("pokes", i, camera, start, flow, 1.0)
             for i, (start, flow) in enumerate(zip(pokes.xy, pokes.flow, strict=True))
             if np.hypot(*flow) >= MIN_ARROW_PX
         ]
         n = len(queries)
         marked = np.linspace(0, n - 1, min(n, MAX_MARKED_QUERIES)).round().astype(np.intp)
-        drawn += self._modes(mixture[marked], queries[marked], marked, plane)
+        drawn += self._modes(mixture[marked], queries[marked], marked, camera)
         return self._display.renew(drawn, header, lifetime_s)
 
     def _modes(
@@ -144,10 +119,10 @@ class Markers:
         mixture: FlowMixture,
         queries: NDArray[np.float64],
         numbers: NDArray[np.intp],
-        plane: Plane,
+        camera: Intrinsics,
     ) -> list[Marker]:
         weights, means = mixture.weights, mixture.means
-        to_plane = DEPTH_M / plane.focal
+        to_plane = DEPTH_M / camera.focal
         covariances = mixture.scaled(*to_plane).component_covariances()
         variances, axes = np.linalg.eigh(covariances)  # ascending; axes in columns
         diameters = 2 * ELLIPSE_SIGMAS * np.sqrt(np.maximum(variances, 0))
@@ -159,7 +134,7 @@ class Markers:
             start, motion = queries[row], means[row, component]
             if np.hypot(*motion) >= MIN_ARROW_PX:
                 drawn.append(
-                    _arrow("modes", number, plane, start, start + motion, MODE_COLOUR, weight)
+                    _arrow("modes", number, camera, start, start + motion, MODE_COLOUR, weight)
                 )
             minor, major = diameters[row, component]
             half = angles[row, component] / 2
@@ -169,7 +144,7 @@ class Markers:
                     id=number,
                     type=Marker.SPHERE,
                     pose=Pose(
-                        position=plane.point(start + motion),
+                        position=_point(camera.unproject(start + motion, DEPTH_M)),
                         orientation=Quaternion(z=float(np.sin(half)), w=float(np.cos(half))),
                     ),
                     scale=Vector3(x=float(major), y=float(minor), z=_FLAT_M),
@@ -182,13 +157,13 @@ class Markers:
 def poke_arrow(
     ns: str,
     number: int,
-    plane: Plane,
+    camera: Intrinsics,
     start: NDArray[np.float64],
     flow: NDArray[np.float64],
     opacity: float,
 ) -> Marker:
     """The arrow of a poke at ``start [2]`` px by ``flow [2]`` px, without header and lifetime."""
-    return _arrow(ns, number, plane, start, start + flow, POKE_COLOUR, opacity)
+    return _arrow(ns, number, camera, start, start + flow, POKE_COLOUR, opacity)
 
 
 def motion_in_space_markers(
@@ -232,22 +207,19 @@ def _point(xyz: NDArray[np.float64]) -> Point:
 def _arrow(
     ns: str,
     number: int,
-    plane: Plane,
+    camera: Intrinsics,
     start: NDArray[np.float64],
     end: NDArray[np.float64],
     colour: Colour,
     opacity: float,
 ) -> Marker:
+    px = DEPTH_M / camera.focal.mean()  # m, about
     return Marker(
         ns=ns,
         id=number,
         type=Marker.ARROW,
-        points=[plane.point(start), plane.point(end)],
-        scale=Vector3(
-            x=plane.length(_SHAFT_PX),
-            y=plane.length(_HEAD_PX),
-            z=plane.length(_HEAD_LENGTH_PX),
-        ),
+        points=[_point(xyz) for xyz in camera.unproject([start, end], np.full(2, DEPTH_M))],
+        scale=Vector3(x=px * _SHAFT_PX, y=px * _HEAD_PX, z=px * _HEAD_LENGTH_PX),
         color=_colour(colour, opacity),
     )
 

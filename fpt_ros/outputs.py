@@ -13,7 +13,7 @@ from visualization_msgs.msg import MarkerArray
 from fpt_model import FPTConfig
 from fpt_msgs.msg import FlowDistribution, ModelInfo
 from fpt_ros.images import array_to_image
-from fpt_ros.markers import Markers, Plane
+from fpt_ros.markers import Markers, display_camera
 from fpt_ros.messages import distribution_to_msg
 from fpt_ros.pipeline import Answer, Stage
 
@@ -76,12 +76,12 @@ class Outputs:
     def _mark(self, answer: Answer, header: Header) -> MarkerArray:
         mixture = answer.distribution.marginal(2)  # a stage of its own
         with self._stage("mark"):
-            plane = Plane.of(self.camera_info, answer.view.size)
+            camera = display_camera(self.camera_info, answer.view.size)
             return self._markers.update(
                 answer.pokes,
                 answer.queries,
                 mixture,
-                plane,
+                camera,
                 header,
                 self._marker_lifetime_s(),
             )

@@ -35,7 +35,7 @@ from fpt_ros import qos
 from fpt_ros.depth import DepthHistory, read_depth
 from fpt_ros.history import stamp_ns
 from fpt_ros.images import flat_array
-from fpt_ros.markers import Display, Plane, motion_in_space_markers, poke_arrow
+from fpt_ros.markers import Display, display_camera, motion_in_space_markers, poke_arrow
 from fpt_ros.messages import distribution_from_msg, pokes_to_msg
 from fpt_ros.parameters import FPT_PARAMETERS, Spec, declare_parameters
 from fpt_ros.planning import (
@@ -291,12 +291,12 @@ class PokePlanner(Node):
 
         With depth also how the goal's ``point [2]`` would move in space under the best.
         """
-        plane = Plane.of(self._camera_info, size)
+        camera = display_camera(self._camera_info, size)
         best = max(float(chosen.score[0]), 1e-9)
         opacity = np.clip(chosen.score / best, 0.1, 1.0)
         opacity[0] = 1.0  # be its score 0 or less
         arrows = [
-            poke_arrow("plan", rank, plane, xy, flow, float(opacity[rank]))
+            poke_arrow("plan", rank, camera, xy, flow, float(opacity[rank]))
             for rank, (xy, flow) in enumerate(zip(chosen.pokes.xy, chosen.pokes.flow, strict=True))
         ]
         if depth is not None and np.isfinite(chosen.motion[0]).all():

@@ -34,7 +34,7 @@ from fpt_msgs.msg import FlowDistribution, PokeArray
 from fpt_ros import qos
 from fpt_ros.history import stamp_ns
 from fpt_ros.images import image_to_array, image_to_rgb
-from fpt_ros.markers import DEPTH_M, MIN_ARROW_PX, Plane
+from fpt_ros.markers import DEPTH_M, MIN_ARROW_PX, display_camera
 from fpt_ros.messages import distribution_from_msg, read_pokes
 from fpt_ros.pokes import Size
 
@@ -181,16 +181,15 @@ class RerunLog:
     def _log_camera(self) -> None:
         """The pinhole that the markers are made with."""
         assert self._size is not None
-        plane = Plane.of(self._info, self._size)
-        camera = (self._size, *plane.focal, *plane.centre)
-        if camera == self._camera:
+        camera = display_camera(self._info, self._size)
+        if (self._size, camera) == self._camera:
             return
-        self._camera = camera
+        self._camera = self._size, camera
         self._log(
             _CAMERA,
             rr.Pinhole(
-                focal_length=plane.focal,
-                principal_point=plane.centre + _CORNER_PX,
+                focal_length=camera.focal,
+                principal_point=camera.centre + _CORNER_PX,
                 width=self._size[1],
                 height=self._size[0],
                 camera_xyz=rr.ViewCoordinates.RDF,

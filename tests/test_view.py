@@ -26,7 +26,7 @@ from fpt_ros.cli import main
 from fpt_ros.environment import claim_domain_id
 from fpt_ros.history import stamp_ns
 from fpt_ros.images import array_to_image, flat_array
-from fpt_ros.markers import Markers, Plane
+from fpt_ros.markers import Markers, display_camera
 from fpt_ros.messages import distribution_to_msg, pokes_to_msg
 from fpt_ros.pipeline import Answer, Settings, View
 from fpt_ros.rerun_view import TIMELINE, RerunLog, read_points
@@ -104,8 +104,8 @@ def test_bags_are_shown_where_they_belong(run, answer: Answer, tmp_path: Path) -
     info = CameraInfo(height=48, width=64)
     info.p[0], info.p[5], info.p[2], info.p[6] = 40.0, 42.0, 31.5, 23.5
     markers = Markers()
-    shown = (answer.pokes, QUERIES, answer.distribution, Plane.of(info, size))
-    nothing = (NO_POKES, np.zeros((0, 2)), answer.distribution[:0], Plane.of(info, size))
+    shown = (answer.pokes, QUERIES, answer.distribution, display_camera(info, size))
+    nothing = (NO_POKES, np.zeros((0, 2)), answer.distribution[:0], display_camera(info, size))
     later = header(2 * PERIOD_S)
     mask_of_grid = answer.mask_image[::2, ::2].copy()
     inputs = [
