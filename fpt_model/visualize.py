@@ -271,6 +271,11 @@ def _tint_mask(canvas: RGBImage, mask: ArrayLike, line: float, fill: bool) -> No
         _paint_stroked(canvas, outline, MASK_COLOUR, 1.0, line)
 
 
+def evenly(count: int, most: int) -> NDArray[np.intp]:
+    """Which of ``count`` things to show where at most ``most`` can be: an even selection."""
+    return np.linspace(0, count - 1, min(count, most)).round().astype(np.intp)
+
+
 def draw_overlay(
     image: RGBImage,
     poke_xy_px: ArrayLike,
@@ -329,8 +334,7 @@ def draw_overlay(
         means = mixture_px.means[..., :2] * scale
         factors = mixture_px.scale_tril[..., :2, :2] * scale
         starts = to_canvas(query_xy)
-        drawn = np.linspace(0, len(starts) - 1, min(len(starts), MAX_DRAWN_QUERIES))
-        for q in np.round(drawn).astype(int):
+        for q in evenly(len(starts), MAX_DRAWN_QUERIES):
             for k in np.argsort(weights[q]):  # likeliest last, on top
                 if weights[q, k] >= MIN_DRAWN_WEIGHT:
                     _paint_mode(canvas, starts[q], means[q, k], factors[q, k], weights[q, k], unit)

@@ -27,6 +27,7 @@ from fpt_model.visualize import (
     MODE_COLOUR,
     POKE_COLOUR,
     Colour,
+    evenly,
 )
 from fpt_ros.depth import camera_intrinsics
 from fpt_ros.pokes import Pokes, Size
@@ -109,8 +110,7 @@ class Markers:
             for i, (start, flow) in enumerate(zip(pokes.xy, pokes.flow, strict=True))
             if np.hypot(*flow) >= MIN_ARROW_PX
         ]
-        n = len(queries)
-        marked = np.linspace(0, n - 1, min(n, MAX_MARKED_QUERIES)).round().astype(np.intp)
+        marked = evenly(len(queries), MAX_MARKED_QUERIES)
         drawn += self._modes(mixture[marked], queries[marked], marked, camera)
         return self._display.renew(drawn, header, lifetime_s)
 

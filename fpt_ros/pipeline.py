@@ -31,13 +31,13 @@ from fpt_model.mixture import FlowMixture, Reduce
 from fpt_model.occlusion import occluded
 from fpt_model.predictor import FlowPredictor, Scene
 from fpt_model.scene_flow import SceneFlow, reduce_motion, scene_flow, upsample_motion
-from fpt_model.visualize import draw_overlay, flow_to_color
+from fpt_model.visualize import draw_overlay, evenly, flow_to_color
 from fpt_ros.planning import Ask
 from fpt_ros.pokes import Pokes, RequestError, check_inside
 
 Outcome = TypeVar("Outcome")
 
-MAX_DRAWN_QUERIES = 32
+MAX_OVERLAID_QUERIES = 32
 """The overlay draws at most this many queries, evenly picked: drawing costs 5 ms a query."""
 
 HYPOTHESES_AT_ONCE = 64
@@ -149,7 +149,7 @@ class Answer:
         settings: Settings,
         stage: Stage = lambda name: nullcontext(),
     ) -> None:
-        self._drawn = 0 if queries is None else min(len(queries), MAX_DRAWN_QUERIES)
+        self._drawn = evenly(0 if queries is None else len(queries), MAX_OVERLAID_QUERIES)
         if queries is None:
             queries = view.query_grid(settings)
         check_inside("poke", pokes.xy, view.size)
@@ -240,9 +240,9 @@ class Answer:
 
         With the modes at the queries that were asked for; with the flow's colours when none were.
         """
-        drawn = np.linspace(0, len(self.queries) - 1, self._drawn).round().astype(np.intp)
-        distribution = self.distribution[drawn].marginal(2) if self._drawn else None
-        flow = None if self._drawn else self.flow
+        drawn = self._drawn
+        distribution = self.distribution[drawn].marginal(2) if len(drawn) else None
+        flow = None if len(drawn) else self.flow
         mask = self.mask
         with self._stage("draw"):
             return draw_overlay(

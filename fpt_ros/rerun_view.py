@@ -29,6 +29,7 @@ from fpt_model.visualize import (
     MIN_DRAWN_WEIGHT,
     MODE_COLOUR,
     POKE_COLOUR,
+    evenly,
 )
 from fpt_msgs.msg import FlowDistribution, PokeArray
 from fpt_ros import qos
@@ -214,19 +215,17 @@ class RerunLog:
 
     def _log_distribution(self, msg: FlowDistribution) -> None:
         queries, mixture = distribution_from_msg(msg)
-        n = len(queries)
-        shown = np.linspace(0, n - 1, min(n, MAX_DRAWN_QUERIES)).round().astype(np.intp)
+        shown = evenly(len(queries), MAX_DRAWN_QUERIES)
         queries, mixture = queries[shown] + _CORNER_PX, mixture[shown]
         rows, components = np.nonzero(mixture.weights >= MIN_DRAWN_WEIGHT)
         weights, means = mixture.weights[rows, components], mixture.means[rows, components, :2]
-        covariances = mixture.component_covariances()[rows, components, :2, :2]
-        variances, axes = np.linalg.eigh(covariances)  # ascending; axes in columns
+        factors = mixture.scale_tril[rows, components, :2, :2]  # of the (x, y) marginal
         starts = queries[rows]
         # Rerun's ellipses are not turned, so they are drawn as lines
         turn = np.linspace(0, 2 * np.pi, 33)
         circle = np.stack([np.cos(turn), np.sin(turn)])  # [2, 33]
-        scaled = ELLIPSE_SIGMAS * np.sqrt(np.maximum(variances, 0))[:, None, :] * axes
-        ellipses = (starts + means)[:, None] + (scaled @ circle).swapaxes(-1, -2)
+        outlines = ELLIPSE_SIGMAS * factors @ circle
+        ellipses = (starts + means)[:, None] + outlines.swapaxes(-1, -2)
         long = np.hypot(means[:, 0], means[:, 1]) >= MIN_ARROW_PX
         self._log(
             f"{_CAMERA}/modes",
