@@ -56,15 +56,18 @@ _FPT = {spec.name: spec for spec in FPT_PARAMETERS}
 
 PARAMETERS = (
     Spec("max_count", 16, "Pokes in the response to a request that names no count.", 1, 1000),
-    Spec("positions", 48, "Places to poke that are tried; exploring tries half.", 2, 1000),
-    Spec("motions", 6, "Motions that are tried at each place; in turn the goal's, "
+    Spec("positions", Search.positions, "Places to poke that are tried; exploring tries half.",
+         2, 1000),
+    Spec("motions", Search.motions, "Motions that are tried at each place; in turn the goal's, "
          "the expected ones, and drawn ones.", 1, 100),
-    Spec("min_length_px", 0.0, "Shorter motions are lengthened to this, px.", 0.0, 1e5),
+    Spec("min_length_px", Search.min_length, "Shorter motions are lengthened to this, px.",
+         0.0, 1e5),
     Spec("max_length_px", 0.0, "Longer motions are shortened to this, px; 0: no limit.", 0.0, 1e5),
     Spec("kl_threshold_nats", 0.0, "Influence above which a point belongs to the part that moves "
          "along, nats; 0: the model's own.", 0.0, 1e6),
     # a plan asks about all cells of its grid at once
-    Spec("max_queries", 16384, "The FPT node's parameter of that name; more is asked in parts.",
+    Spec("max_queries", _FPT["max_queries"].default,
+         "The FPT node's parameter of that name; more is asked in parts.",
          math.prod(Search.cells), 1000000),
     Spec("timeout_s", 10.0, "The FPT node is given up when it has not answered for this long, s.",
          0.1, 3600.0),
