@@ -138,7 +138,7 @@ def _load_safetensors(path: Path, dtype: torch.dtype) -> FlowPokeTransformer:
         config = FPTConfig.from_dict(json.loads(metadata[_CONFIG_KEY]))
         # timm's encoders call theirs by three names
         depths = {"depth": config.depth, "context_depth": config.context_depth} | {
-            f"encoder_kwargs.{name}": np.sum(config.encoder_kwargs.get(name, 0))
+            f"encoder_kwargs.{name}": np.sum(config.encoder_kwargs.get(name, 0), dtype=float)
             for name in ("depth", "depths", "layers")
         }
     except (ValueError, TypeError, RecursionError) as error:
@@ -147,7 +147,7 @@ def _load_safetensors(path: Path, dtype: torch.dtype) -> FlowPokeTransformer:
     # before as many layers are built as it says
     for name, depth in depths.items():
         if depth > len(made):
-            raise CheckpointError(f"{path} has {name} {depth}, but only {len(made)} tensors")
+            raise CheckpointError(f"{path} has {name} {depth:.0f}, but only {len(made)} tensors")
     return _build(config, made, str(path), dtype=dtype)
 
 

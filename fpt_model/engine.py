@@ -12,8 +12,9 @@ import logging
 import shlex
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager
 from functools import partial
+from threading import Lock
 from typing import Any, Protocol
 
 import numpy as np
@@ -136,7 +137,7 @@ class TorchEngine:
     @torch.inference_mode()
     def encode(self, image: Array) -> ImageFeatures:
         """:meth:`Engine.encode`."""
-        with self._exact_convolutions():
+        with _exact_convolutions(self._device, self._dtype):
             maps = self.model.encoder(self._tensor(image))
         return self.model.features([m.to(self._dtype) for m in maps])
 
@@ -166,14 +167,26 @@ class TorchEngine:
         assert past is not None  # there is at least one chunk, be it empty
         return torch.cat(chunks, dim=1).cpu().numpy(), past
 
-    def _exact_convolutions(self) -> AbstractContextManager[None]:
-        """In float32 on GPUs: unless told, cuDNN rounds to TF32's 10 bits."""
-        if self._device.type != "cuda" or self._dtype != torch.float32:
-            return nullcontext()
-        return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
-
     def _tensor(self, x: Array) -> Tensor:
         return torch.from_numpy(x).to(self._device)
+
+
+_cudnn_lock = Lock()  # its settings are the process's
+
+
+@contextmanager
+def _exact_convolutions(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """In float32 on GPUs: unless told, cuDNN rounds to TF32's 10 bits."""
+    if device.type != "cuda" or dtype != torch.float32:
+        yield
+        return
+    settings = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    with _cudnn_lock:
+        before, settings.fp32_precision = settings.fp32_precision, "ieee"
+        try:
+            yield
+        finally:
+            settings.fp32_precision = before
 
 
 # what these own themselves stays in float32: batch statistics, attention scales

@@ -206,7 +206,8 @@ class FewTokens:
             if t.shape != expected or t.dtype != self._dtype or not t.is_contiguous() or t.is_cuda:
                 raise ValueError(
                     f"expected contiguous keys and values {list(expected)} of the image in "
-                    f"{self._dtype}, received {list(t.shape)} in {t.dtype} on {t.device}"
+                    f"{self._dtype}, received {list(t.shape)}, strides {t.stride()}, in {t.dtype} "
+                    f"on {t.device}"
                 )
 
     def _with_place(

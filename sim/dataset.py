@@ -24,6 +24,7 @@ import multiprocessing
 import os
 import re
 import sys
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -186,6 +187,10 @@ class Settings:
                 raise ValueError(f"{name} must be positive, received {value}")
 
 
+class ShardError(Exception):
+    """A fault while a shard was made, unlike a wrong argument; the message names the shard."""
+
+
 def _encode(extension: str, picture: NDArray, *options: int) -> bytes:
     done, data = cv2.imencode(extension, picture, options)
     if not done:
@@ -304,8 +309,11 @@ def _write_shard(job: tuple[Path, str, int, Settings, Path | None]) -> int:
             with webdataset.TarWriter(
                 str(unfinished), user="fpt", group="fpt", mtime=0.0
             ) as writer:
-                for sample in generate(split, shard, settings, assets):
-                    writer.write(sample)
+                try:
+                    for sample in generate(split, shard, settings, assets):
+                        writer.write(sample)
+                except (ValueError, RuntimeError) as error:
+                    raise ShardError(f"{path.name}: {error}") from error
             record = {
                 "file": path.name,
                 "images": settings.images_per_shard,
@@ -329,7 +337,8 @@ def _whole_or_not(path: Path) -> Iterator[Path]:
     Each process has its own: another that writes the same, such as a job that was queued again
     too early, must not write into it.
     """
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    name = f"{path.name}.{uuid.uuid4().hex}.partial"  # jobs of several machines share folders
+    unfinished = path.with_name(name)
     try:
         yield unfinished
         os.replace(unfinished, path)
@@ -422,6 +431,7 @@ def write_dataset(
     Raises:
         ValueError: unknown split, bad numbers, shards of other settings in `out`, or `assets`
             missing or not needed.
+        ShardError: the simulation failed.
         FileNotFoundError: `assets` lacks a package.
     """
     from tqdm import tqdm
@@ -532,7 +542,7 @@ def main() -> None:
         )
         if args.verify:
             verify(args.out, args.split)
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(str(error))
     state = "complete" if manifest["complete"] else "not yet complete"
     print(f"{args.out}: {manifest['images']} {args.split} images, {state}")

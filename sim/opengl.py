@@ -45,9 +45,11 @@ def make_contexts(
     try:
         return gl, mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_50.value)
     except mujoco.FatalError as error:
-        raise RuntimeError(
-            f"OpenGL backend {backend!r} has no buffer of {width} x {height} px: {error}"
-        ) from error
+        if "framebuffer is not complete" in str(error):
+            raise RuntimeError(
+                f"OpenGL backend {backend!r} has no buffer of {width} x {height} px: {error}"
+            ) from error
+        raise RuntimeError(f"OpenGL backend {backend!r} failed: {error}\n{_INSTALL}") from error
 
 
 if __name__ == "__main__":

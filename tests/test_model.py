@@ -757,10 +757,22 @@ class TestCheckpoint:
             ("[" * 200_000, "unusable configuration"),
             ({"encoder_kwargs": {"depth": 10**7}}, r"encoder_kwargs\.depth 10000000"),
             ({"encoder_kwargs": {"depth": "many"}}, "unusable configuration"),
+            ({"encoder_kwargs": {"layers": {"a": 1}}}, "unusable configuration"),
+            ({"encoder_kwargs": {"depths": None}}, "unusable configuration|cannot build"),
+            ({"encoder_kwargs": {"depths": [2**62] * 2}}, "has encoder_kwargs.depths 922337"),
             ({"encoder_kwargs": {"layers": [10**6] * 4}}, r"encoder_kwargs\.layers 4000000"),
             ({"depth": 10**7}, "has depth 10000000, but only"),
         ],
-        ids=["nested", "deep encoder", "no number", "deep stages", "deep"],
+        ids=[
+            "nested",
+            "deep encoder",
+            "no number",
+            "a table",
+            "nothing",
+            "too large",
+            "deep stages",
+            "deep",
+        ],
     )
     def test_a_configuration_cannot_take_all_time_and_memory(
         self, model: FlowPokeTransformer, tmp_path: Path, config: str | dict[str, Any], message: str

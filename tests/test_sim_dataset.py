@@ -96,12 +96,15 @@ def test_two_processes_that_make_one_shard_do_not_mix(tmp_path, monkeypatch):
         for number, sample in enumerate(generate(*arguments)):
             if number == 1:
                 other.start()
-                other.join()
+                other.join(120)
             yield sample
 
     monkeypatch.setattr(dataset, "generate", interrupted)
-    manifest = dataset.write_dataset(tmp_path, "train", 2, settings)
-    assert other.exitcode == 0
+    try:
+        manifest = dataset.write_dataset(tmp_path, "train", 2, settings)
+        assert other.exitcode == 0
+    finally:
+        other.kill()
     assert manifest["complete"]
     dataset.verify(tmp_path, "train")
     assert not list(tmp_path.glob("*.partial"))

@@ -36,7 +36,7 @@ from training.config import DataConfig, RunConfig
 
 log = logging.getLogger("training")
 
-_DRAWS = 16  # images in place of one that is of no use, before the run gives up
+_DRAWS = 256  # unusable images in a row end the run
 _CANDIDATES = 64  # points among which the one that moves most is found
 _MAX_FLOW = 1.0  # image sides; motions beyond (points that pass the camera) are not supervised
 
@@ -484,7 +484,7 @@ class ExampleDataset(Dataset[Example]):
                 found = error
                 if index not in self._unusable:
                     self._unusable.add(index)
-                    log.warning("sample %d is left out: %s", index, error)
+                    log.warning("no example of sample %d, another is taken: %s", index, error)
             index = int(rng.integers(len(self.shards)))
         raise UnusableSample(f"{_DRAWS} samples in a row are of no use, the last: {found}")
 

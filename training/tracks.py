@@ -228,7 +228,9 @@ def make_example(
     image = clip.frame(start)
     crop, inside = random_crop(size, config, rng, square), np.empty(0, np.intp)
     height, width = (min(size), min(size)) if square else size
-    left, top = (size[1] - width) // 2, (size[0] - height) // 2
+    # where most of what is known is
+    corner = np.median(motion.xy[motion.known], axis=0) - np.array([width, height]) / 2
+    left, top = np.clip(corner, 0, [size[1] - width, size[0] - height]).astype(int).tolist()
     for candidate in (crop, Crop(left, top, width, height, crop.flip, crop.turns)):
         crop = candidate
         within = inside_image(motion.xy - [crop.left, crop.top], (crop.height, crop.width))
@@ -237,8 +239,8 @@ def make_example(
             break
     else:  # of the whole image that cannot be
         raise UnusableSample(
-            f"the middle of a clip of {clip.source} has {motion.known[inside].sum()} known tracks, "
-            f"fewer than {MIN_TRACKS}"
+            f"no square of a clip of {clip.source} has {MIN_TRACKS} known tracks, the last one "
+            f"tried has {motion.known[inside].sum()}"
         )
     known = inside[motion.known[inside]]
     moving = known[np.linalg.norm(motion.flow[known], axis=-1) >= STILL]
