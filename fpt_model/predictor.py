@@ -27,7 +27,8 @@ from fpt_model.mixture import FlowMixture, Reduce
 from fpt_model.model import FlowPokeTransformer, mixture_parameters
 
 Order = Literal["random", "given"]
-_FARTHEST = 1e6  # of any position or motion: the model computes in float32, and squares them
+_FARTHEST = 1e6  # of any position: its rotary angles are computed in float32
+_FASTEST = float(np.finfo(np.float32).max)  # of any motion, whose tanh is taken
 
 
 @dataclass(frozen=True)
@@ -473,7 +474,7 @@ class FlowPredictor:
         f = np.asarray(flow, dtype=np.float64)
         if self.config.flow_dim == 3 and f.shape[-1:] == (2,):
             f = np.concatenate([f, np.full((*f.shape[:-1], 1), np.nan)], -1)
-        f = _check_points("poke_flow", f, self.config.flow_dim, batched, optional=2)
+        f = _check_points("poke_flow", f, self.config.flow_dim, batched, _FASTEST, optional=2)
         if p.shape[:-1] != f.shape[:-1]:
             raise ValueError(
                 f"poke_pos and poke_flow must hold the same pokes, received shapes "
@@ -487,9 +488,14 @@ def _float32(x: NDArray[np.float64]) -> NDArray[np.float32]:
 
 
 def _check_points(
-    name: str, value: ArrayLike, dims: int, batched: bool, optional: int | None = None
+    name: str,
+    value: ArrayLike,
+    dims: int,
+    batched: bool,
+    most: float = _FARTHEST,
+    optional: int | None = None,
 ) -> NDArray[np.float64]:
-    """A finite float64 ``[(B,) N, dims]`` array; ValueError names what was received.
+    """A float64 ``[(B,) N, dims]`` array, at most ``most``; ValueError names what was received.
 
     Component ``optional``, if there is one, may be NaN.
     """
@@ -497,14 +503,14 @@ def _check_points(
     if array.ndim != 2 + batched or array.shape[-1] != dims:
         expected = f"[B, N, {dims}]" if batched else f"[N, {dims}]"
         raise ValueError(f"{name} must have shape {expected}, received {list(array.shape)}")
-    usable = np.abs(array) <= _FARTHEST
+    usable = np.abs(array) <= most
     if optional is not None:
         usable[..., optional:] |= np.isnan(array[..., optional:])
     finite = usable.all(-1)
     if not finite.all():
         index = tuple(int(i) for i in np.argwhere(~finite)[0])
         raise ValueError(
-            f"{name} must be finite, at most {_FARTHEST:g}, received {array[index].tolist()} at "
+            f"{name} must be finite, at most {most:g}, received {array[index].tolist()} at "
             f"{list(index)}"
         )
     return array
