@@ -42,8 +42,8 @@ _PREFIXES = (
     ("out_mlp.", "head."),
 )
 # of its tensors those that are never applied, or constants
-_UNUSED_PARAMETERS = 5000  # at most, that timm makes and features_only then leaves out
 _UNUSED = (".cross_out.weight", "pos_emb.freqs", "input_mlp.coeffs", "mask_token")
+_UNUSED_PARAMETERS = 5000  # at most, that timm makes and features_only then leaves out
 _QUERY = "embed.query_token"
 _POSITIONS = "encoder.backbone.pos_embed"
 _CLASS_TOKEN = "encoder.backbone.cls_token"

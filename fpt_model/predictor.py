@@ -267,8 +267,8 @@ class FlowPredictor:
         component ("mode"), or an independent draw for each cell with ``seed`` ("sample";
         :meth:`sample_dense` draws coherent ones). ValueError for another.
         """
-        if reduce not in (*get_args(Reduce), "sample"):
-            choices = (*get_args(Reduce), "sample")
+        choices = (*get_args(Reduce), "sample")
+        if reduce not in choices:
             raise ValueError(f"reduce must be one of {choices}, received {reduce!r}")
         mixture = self.predict(scene, poke_pos, poke_flow, grid(size), camera_static)
         if reduce == "sample":

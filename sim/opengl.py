@@ -39,12 +39,9 @@ def make_contexts(
         gl.make_current()
         import mujoco  # here, since importing it can fail for the same reason
 
-    except Exception as error:
-        raise RuntimeError(f"OpenGL backend {backend!r} failed: {error}\n{_INSTALL}") from error
-    model = mujoco.MjSpec().compile() if model is None else model
-    try:
+        model = mujoco.MjSpec().compile() if model is None else model
         return gl, mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_50.value)
-    except mujoco.FatalError as error:
+    except Exception as error:
         if "framebuffer is not complete" in str(error):
             raise RuntimeError(
                 f"OpenGL backend {backend!r} has no buffer of {width} x {height} px: {error}"
