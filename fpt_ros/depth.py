@@ -25,25 +25,38 @@ SILENCE_S = 1.0
 
 
 def camera_intrinsics(info: CameraInfo, size: Size) -> Intrinsics:
-    """Those of the rectified camera: of the projection matrix P, without binning and roi.
+    """Those of the rectified camera: of the projection matrix P, after roi and binning.
+
+    P is of the whole image at full resolution; as in image_geometry, the region of interest is cut
+    out of it before the pixels are binned. The region is taken for that of the rectified image.
 
     Raises:
         DepthError: it is of images of another size than ``size = (height, width)``, not
             calibrated (zeros, NaN), or of the second camera of a stereo pair, whose P places points
             relative to the first one.
     """
-    if (info.height, info.width) != size:
-        raise DepthError(
-            f"camera_info is of {info.width} x {info.height} px, the image has "
-            f"{size[1]} x {size[0]} px"
-        )
+    roi = info.roi
+    whole = not (roi.width or roi.height)
+    full = (info.height, info.width) if whole else (roi.height, roi.width)
+    binning = np.maximum((info.binning_y, info.binning_x), 1)  # 0 is none, too
+    if np.any(np.abs(np.array(size) - full / binning) >= 1):  # drivers round either way
+        told = f"{full[1]} x {full[0]} px"
+        if not whole:
+            told += f" (roi of {info.width} x {info.height} px)"
+        if (binning > 1).any():
+            told += f", binned {binning[1]} x {binning[0]}"
+        raise DepthError(f"camera_info is of {told}, the image has {size[1]} x {size[0]} px")
     if info.p[3] or info.p[7]:
         raise DepthError(
             f"camera_info has a baseline, P[3] = {info.p[3]:g} and P[7] = {info.p[7]:g}: expected "
             "0, a single camera or the first of a pair"
         )
     try:
-        return Intrinsics.from_matrix(np.reshape(info.p, (3, 4)))
+        projection = np.array(info.p).reshape(3, 4)  # a copy: the message stays as it came
+        if not whole:
+            projection[:2, 2] -= roi.x_offset, roi.y_offset
+        projection[:2] /= binning[::-1, None]
+        return Intrinsics.from_matrix(projection)
     except DepthError as error:
         raise DepthError(f"the projection matrix of camera_info is unusable: {error}") from error
 

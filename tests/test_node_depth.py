@@ -24,7 +24,7 @@ from node_harness import (
     wait_until,
 )
 from node_user import DENSE, HEIGHT, NO_POKES, QUERIES, SETTINGS, WIDTH, User, picture, running_node
-from sensor_msgs.msg import CameraInfo, Image, PointCloud2, PointField
+from sensor_msgs.msg import CameraInfo, Image, PointCloud2, PointField, RegionOfInterest
 from std_msgs.msg import Header
 from visualization_msgs.msg import Marker, MarkerArray
 
@@ -717,5 +717,24 @@ def test_the_nearest_stamp_counts() -> None:
 
 def test_intrinsics_are_those_of_the_rectified_camera() -> None:
     assert camera_intrinsics(camera_info(), SIZE) == CAMERA
+
+
+def test_intrinsics_of_a_binned_region_see_what_the_whole_image_sees() -> None:
+    region = RegionOfInterest(x_offset=12, y_offset=6, width=40, height=24)
+    info = camera_info(roi=region, binning_x=2, binning_y=3)
+    before = info.p.copy()
+    cut = camera_intrinsics(info, (8, 20))
+    point = np.array([0.2, -0.1, 1.5])
+    whole = CAMERA.project(point)
+    np.testing.assert_allclose(cut.project(point), (whole - (12, 6)) / (2, 3))
+    np.testing.assert_array_equal(info.p, before)
+    assert camera_intrinsics(camera_info(binning_x=3, binning_y=1), (HEIGHT, 22))  # 64 / 3
+    with pytest.raises(
+        DepthError, match=r"40 x 24 px \(roi of 64 x 48 px\), binned 2 x 3, .*64 x 48"
+    ):
+        camera_intrinsics(info, SIZE)
+
+
+def test_depth_needs_intrinsics() -> None:
     with pytest.raises(DepthError, match="no camera_info"):
         read_depth(Image(), None, Header(), SIZE)
