@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from fpt_model.engine import PRECISIONS, BackendError, Engine, TorchEngine
+from fpt_model.graphs import PRECISIONS as GRAPH_PRECISIONS
 from fpt_model.model import FlowPokeTransformer
 
 Backend = Literal["torch", "onnxruntime"]
@@ -87,6 +88,10 @@ def _open_onnx(
     providers: Sequence[str],
     strict: bool,
 ) -> Engine:
+    if precision not in GRAPH_PRECISIONS:
+        raise BackendError(
+            f"ONNX Runtime has the precisions {', '.join(GRAPH_PRECISIONS)}, not {precision}"
+        )
     if not graphs:
         raise BackendError(
             "no folder of exported graphs was given; fpt export --model MODEL --out FOLDER "

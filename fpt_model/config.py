@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
@@ -83,8 +84,16 @@ class FPTConfig:
                 f"width must be a multiple of head_dim = {self.head_dim}, received {self.width}"
             )
         for name in ("min_std", "horizon_s", "kl_threshold", "flow_prescale"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be > 0, received {getattr(self, name)!r}")
+            value = getattr(self, name)
+            if not (isinstance(value, int | float) and 0 < value < math.inf):
+                raise ValueError(f"{name} must be a finite number > 0, received {value!r}")
+        for name in ("name", "encoder", "licence"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"{name} must be a string, received {getattr(self, name)!r}")
+        if not isinstance(self.sample_align_corners, bool):
+            raise ValueError(
+                f"sample_align_corners must be a bool, received {self.sample_align_corners!r}"
+            )
         if not isinstance(self.encoder_kwargs, dict):
             raise ValueError(f"encoder_kwargs must be a dict, received {self.encoder_kwargs!r}")
         # a checkpoint's configuration is untrusted and reaches timm.create_model
@@ -98,9 +107,17 @@ class FPTConfig:
             raise ValueError(f'head must be "reference" or "scaled", received {self.head!r}')
         if self.fit not in ("crop", "stretch"):
             raise ValueError(f'fit must be "crop" or "stretch", received {self.fit!r}')
-        # lists come from JSON and YAML
-        object.__setattr__(self, "image_mean", tuple(self.image_mean))
-        object.__setattr__(self, "image_std", tuple(self.image_std))
+        for name, least in (("image_mean", -math.inf), ("image_std", 0.0)):
+            value = getattr(self, name)
+            if not (
+                isinstance(value, tuple | list)
+                and len(value) == 3
+                and all(isinstance(v, int | float) and least < v < math.inf for v in value)
+            ):
+                raise ValueError(
+                    f"{name} must be three finite numbers > {least:g}, received {value!r}"
+                )
+            object.__setattr__(self, name, tuple(value))  # lists come from JSON and YAML
 
     @property
     def heads(self) -> int:

@@ -21,6 +21,7 @@ from fpt_model.graphs import (
     HALVES,
     MANIFEST,
     POKE_BUCKETS,
+    PRECISIONS,
     QUERY_BUCKETS,
     Graph,
     Half,
@@ -31,7 +32,6 @@ from fpt_model.graphs import (
 from fpt_model.model import FlowPokeTransformer, ImageFeatures
 
 OPSET = 18  # grid_sample needs 16; 18 is what torch's exporter writes without converting
-PRECISIONS = ("fp32", "fp16", "int8")
 _BLOCK = 32  # weights that share a scale in "int8"
 _LARGEST_FILE = 1536 * 2**20  # bytes; torch puts more into a second file, which nothing verifies
 

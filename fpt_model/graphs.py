@@ -33,6 +33,7 @@ from fpt_model.model import FlowPokeTransformer
 Half = Literal["encoder", "decoder"]
 HALVES: tuple[Half, ...] = ("encoder", "decoder")
 
+PRECISIONS = ("fp32", "fp16", "int8")
 BATCH_BUCKETS = (1, 2, 4, 8, 16)
 POKE_BUCKETS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256)
 QUERY_BUCKETS = (1, 4, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
@@ -40,7 +41,7 @@ QUERY_BUCKETS = (1, 4, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 MANIFEST = "manifest.json"
 _LARGEST_BUCKET = 1 << 16
 # of the manifest, and of the graphs: raised whenever they take, give or compute something else
-FORMAT = 2
+FORMAT = 3
 
 
 def bucket(count: int, buckets: tuple[int, ...]) -> int:
@@ -61,9 +62,14 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+# of a model's configuration, what no graph computes with
+_OUTSIDE = {"name", "licence", "horizon_s", "kl_threshold"}
+
+
 def model_sha256(model: FlowPokeTransformer) -> str:
-    """Of a model's configuration and weights, whatever file they came from."""
-    digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True).encode())
+    """Of what a model computes, its numbers and weights, whatever file they came from."""
+    inside = {k: v for k, v in model.config.to_dict().items() if k not in _OUTSIDE}
+    digest = hashlib.sha256(json.dumps(inside, sort_keys=True).encode())
     for key, value in sorted(model.state_dict().items()):
         digest.update(f"{key} {value.dtype} {list(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
@@ -139,10 +145,11 @@ class Manifest:
 
     def check_model(self, model: FlowPokeTransformer) -> None:
         """BackendError unless the graphs were exported from exactly this model."""
-        if model_sha256(model) != self.model_sha256:
+        if (found := model_sha256(model)) != self.model_sha256:
             raise BackendError(
                 f"the graphs in {str(self.folder)!r} were exported from another model than "
-                f"{model.config.name!r}: from {self.model!r}, sha256 {self.model_sha256}"
+                f"{model.config.name!r}, {found[:12]}: from {self.model!r}, "
+                f"{self.model_sha256[:12]} (sha256 of numbers and weights)"
             )
 
     def graph(self, precision: str, half: Half) -> Graph:
@@ -150,7 +157,7 @@ class Manifest:
         if precision not in self.graphs:
             raise BackendError(
                 f"{str(self.folder)!r} has no {precision} graphs, only {', '.join(self.graphs)}; "
-                f"fpt export --precision {precision} writes them"
+                "export again with all that are wanted: a new export replaces the old one"
             )
         return self.graphs[precision][half]
 

@@ -98,8 +98,8 @@ class FlowPredictor:
     Attributes:
         backend, precision, device, providers: what really runs the model.
 
-    Raises ValueError for unknown names. Several threads may use one predictor; what is cached
-    belongs to the scenes.
+    Raises ValueError for unknown names, and BackendError where the device is not there. Several
+    threads may use one predictor; what is cached belongs to the scenes.
     """
 
     def __init__(
@@ -416,12 +416,18 @@ class FlowPredictor:
     def unconditional(
         self, scene: Scene, size: tuple[int, int] = (64, 64), camera_static: bool = True
     ) -> FlowMixture:
-        """What might happen without any poke, on a dense grid: batch shape ``[h * w]``. Cached."""
+        """What might happen without any poke, on a dense grid: batch shape ``[h * w]``.
+
+        Kept with the scene, read-only.
+        """
         self._check_scene(scene)
         key = ((size[0], size[1]), bool(camera_static))
         if key not in scene.unconditional:
             none = np.empty((0, 2)), np.empty((0, self.config.flow_dim))
-            scene.unconditional[key] = self.predict(scene, *none, grid(size), camera_static)
+            mixture = self.predict(scene, *none, grid(size), camera_static)
+            for array in (mixture.log_weights, mixture.means, mixture.scale_tril):
+                array.flags.writeable = False  # all callers share them
+            scene.unconditional[key] = mixture
         return scene.unconditional[key]
 
     def influence(
@@ -443,7 +449,15 @@ class FlowPredictor:
     def influence_of(
         self, scene: Scene, poked: FlowMixture, size: tuple[int, int], camera_static: bool = True
     ) -> NDArray[np.float32]:
-        """:meth:`influence` for a dense prediction ``[h * w]`` that was already made."""
+        """:meth:`influence` for a dense prediction ``[h * w]`` that was already made.
+
+        Raises ValueError if it is of another shape.
+        """
+        if poked.shape != (size[0] * size[1],):
+            raise ValueError(
+                f"expected predictions [{size[0] * size[1]}] on a grid of {size}, received "
+                f"{list(poked.shape)}"
+            )
         kl = poked.kl(self.unconditional(scene, size, camera_static))
         return kl.reshape(size).astype(np.float32)
 
@@ -458,7 +472,8 @@ class FlowPredictor:
     ) -> NDArray[np.bool_]:
         """The cells ``[h, w]`` that move with the pokes: influence above ``threshold`` nats.
 
-        None takes the model's own threshold, which was chosen on its validation data.
+        None takes the model's own threshold, which ``fpt eval --save-threshold`` chooses on
+        validation data. fpt-base has none of its own, since the paper does not give it: 1 nat.
         """
         kl = self.influence(scene, poke_pos, poke_flow, size, camera_static)
         return kl > (self.config.kl_threshold if threshold is None else threshold)
@@ -471,7 +486,7 @@ class FlowPredictor:
         self, pos: ArrayLike, flow: ArrayLike, batched: bool
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         p = _check_points("poke_pos", pos, 2, batched)
-        f = np.asarray(flow, dtype=np.float64)
+        f = _as_array("poke_flow", flow)
         if self.config.flow_dim == 3 and f.shape[-1:] == (2,):
             f = np.concatenate([f, np.full((*f.shape[:-1], 1), np.nan)], -1)
         f = _check_points("poke_flow", f, self.config.flow_dim, batched, _FASTEST, optional=2)
@@ -484,7 +499,15 @@ class FlowPredictor:
 
 
 def _float32(x: NDArray[np.float64]) -> NDArray[np.float32]:
-    return np.ascontiguousarray(x, np.float32)
+    # in the model's square a motion of a long image may be larger than float32 holds
+    return np.ascontiguousarray(np.clip(x, -_FASTEST, _FASTEST), np.float32)
+
+
+def _as_array(name: str, value: ArrayLike) -> NDArray[np.float64]:
+    try:
+        return np.asarray(value, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} must be an array of numbers, received {value!r}") from error
 
 
 def _check_points(
@@ -499,7 +522,7 @@ def _check_points(
 
     Component ``optional``, if there is one, may be NaN.
     """
-    array = np.asarray(value, dtype=np.float64)
+    array = _as_array(name, value)
     if array.ndim != 2 + batched or array.shape[-1] != dims:
         expected = f"[B, N, {dims}]" if batched else f"[N, {dims}]"
         raise ValueError(f"{name} must have shape {expected}, received {list(array.shape)}")

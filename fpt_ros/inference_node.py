@@ -8,6 +8,7 @@ topics, services, the action and diagnostics. None of it waits for the model, ex
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -47,6 +48,7 @@ from std_msgs.msg import Float64
 from visualization_msgs.msg import MarkerArray
 
 from fpt_model import FlowPredictor
+from fpt_model.allocator import return_freed_memory
 from fpt_msgs.action import SampleFlow
 from fpt_msgs.msg import ModelInfo, PokeArray, QueryArray
 from fpt_ros import qos
@@ -269,6 +271,8 @@ class FptNode(LifecycleNode):
             self.destroy_subscription(subscription)
         self._outputs, self._latencies, self._info, self._inputs = [], {}, None, []
         self._worker, self._predictor, self._messages = None, None, None
+        gc.collect()  # a compiled model is part of cycles; before another one is loaded
+        return_freed_memory()
 
     def _load_predictor(self) -> FlowPredictor:
         torch.set_num_threads(self._value("threads") or self._default_threads)

@@ -258,7 +258,11 @@ class Answer:
     @cached_property
     def _dense(self) -> FlowMixture:
         with self._stage("dense"):
-            return self._predict(grid(self._settings.dense_size))
+            if not len(self.pokes):  # the influence needs it, too
+                return self._predictor.unconditional(
+                    self.view.scene, self.dense_size, self._settings.camera_static
+                )
+            return self._predict(grid(self.dense_size))
 
     def _predict(self, positions: NDArray[np.float64]) -> FlowMixture:
         return self._predictor.predict(

@@ -387,20 +387,21 @@ class _Space:
     def goes_behind(
         self, pokes: Pokes, cells: _Cells, part: NDArray[np.bool_]
     ) -> NDArray[np.bool_]:
-        """Which pokes ``[N]`` lead their point behind what is seen in front of it.
+        """Which pokes ``[N]`` lead their point behind the camera, or what is seen in front of it.
 
         The cells of ``part [G]`` move along. A poke whose motion in depth is unknown stays at its
         depth.
         """
-        hidden = np.zeros(len(pokes), bool)
         if self._depth is None:
-            return hidden
+            return np.zeros(len(pokes), bool)
         camera, z = self._depth.intrinsics, self._depth.at(pokes.xy)
         start = camera.unproject(pokes.xy, z)
-        end = camera.unproject(pokes.xy + pokes.flow, z + np.nan_to_num(pokes.dz))
+        z_end = z + np.nan_to_num(pokes.dz)
+        end = camera.unproject(pokes.xy + pokes.flow, z_end)
+        hidden = z_end <= 0
         for share in np.arange(1, _ON_THE_WAY + 1) / _ON_THE_WAY:
             point = start + share * (end - start)
-            at = camera.project(point)  # NaN behind the camera: nothing is in front there
+            at = camera.project(point)  # NaN behind the camera
             in_front = self._depth.at(at) < (1 - _NEARER) * point[:, 2]
             hidden |= in_front & ~part[cells.containing(at)]
         return hidden

@@ -542,7 +542,7 @@ def main() -> None:
         )
         if args.verify:
             verify(args.out, args.split)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ShardError) as error:
         sys.exit(str(error))
     state = "complete" if manifest["complete"] else "not yet complete"
     print(f"{args.out}: {manifest['images']} {args.split} images, {state}")

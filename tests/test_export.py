@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Exported graphs, ONNX Runtime against PyTorch, the choice of a backend, TensorRT's cache."""
 
+import copy
 import dataclasses
 import json
 import logging
@@ -316,6 +317,15 @@ def test_unusable_graphs_are_refused_or_replaced_by_pytorch(
     assert reason in caplog.text
 
 
+def test_another_threshold_needs_no_other_graphs(small: Exported) -> None:
+    model = copy.copy(small.model)
+    model.config = dataclasses.replace(model.config, kl_threshold=2.0, name="renamed")
+    assert FlowPredictor(model, graphs=small.folder, strict=True).backend == "onnxruntime"
+    model.config = dataclasses.replace(model.config, flow_prescale=2.0)
+    with pytest.raises(BackendError, match="another model than 'renamed'"):
+        FlowPredictor(model, graphs=small.folder, strict=True)
+
+
 def test_without_onnx_runtime_pytorch_runs(
     small: Exported, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -374,6 +384,11 @@ def test_without_a_choice_graphs_are_run_where_there_are_some(small: Exported) -
         ({"providers": ["rocm"]}, ValueError, "providers must be one of tensorrt, cuda, cpu, rec"),
         ({"providers": []}, ValueError, r"name each provider once, received \[\]"),
         ({"backend": "onnxruntime", "strict": True}, BackendError, "no folder of exported graphs"),
+        (
+            {"backend": "onnxruntime", "precision": "bf16", "strict": True},
+            BackendError,
+            "ONNX Runtime has the precisions fp32, fp16, int8, not bf16",
+        ),
     ],
 )
 def test_wrong_arguments_are_named(

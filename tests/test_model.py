@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import json
 import pickle
+import re
 import shutil
 import warnings
 import weakref
@@ -340,10 +341,16 @@ class TestModel:
             ("depth", 0),
             ("min_std", 0.0),
             ("fit", "pad"),
+            ("min_std", float("inf")),
+            ("flow_prescale", "x"),
+            ("encoder", 3),
+            ("sample_align_corners", "no"),
+            ("image_mean", (1, 2)),
+            ("image_std", (0.2, 0, 0.2)),
         ],
     )
     def test_configuration_names_the_bad_value(self, field: str, value: object) -> None:
-        with pytest.raises(ValueError, match=f"{field}.*{value}"):
+        with pytest.raises(ValueError, match=f"{field}.*{re.escape(str(value))}"):
             FPTConfig.from_dict({**SMALL.to_dict(), field: value})
 
     @pytest.mark.parametrize(
@@ -527,6 +534,10 @@ class TestPredictor:
         kl = predictor.influence(scene, self.POS, self.FLOW, size=(6, 8))
         free = predictor.predict(scene, np.empty((0, 2)), np.empty((0, 2)), geometry.grid((6, 8)))
         assert_close(kl.ravel(), mix.kl(free), 1e-4)
+        with pytest.raises(ValueError, match=r"\[48\] on a grid of \(6, 8\), received \[1\]"):
+            predictor.influence_of(scene, mix[:1], (6, 8))
+        with pytest.raises(ValueError, match="read-only"):
+            predictor.unconditional(scene, (6, 8)).means[:] = 0  # of whoever asks next, too
         threshold = float(np.median(kl))
         mask = predictor.moving_part(scene, self.POS, self.FLOW, (6, 8), threshold)
         assert np.array_equal(mask, kl > threshold)
@@ -621,6 +632,8 @@ class TestPredictor:
             ([[0.5, 0.5]], [[0.1, np.inf]], r"poke_flow must be finite.*at \[0\]"),
             ([[0.5, 0.5]], [[0.1, 0.1, 0.0]], r"poke_flow must have shape \[N, 2\]"),
             ([[0.5, 0.5]], np.zeros((2, 2)), "the same pokes"),
+            ([[0.5, 0.5], [0.1]], np.zeros((2, 2)), "poke_pos must be an array of numbers"),
+            ([[0.5, 0.5]], "left", "poke_flow must be an array of numbers, received 'left'"),
         ],
     )
     def test_bad_pokes(

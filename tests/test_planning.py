@@ -179,6 +179,14 @@ def test_a_part_is_pulled_toward_the_camera() -> None:
     assert ahead.pokes.dz[0] > 0.1
 
 
+def test_no_poke_ends_behind_the_camera() -> None:
+    point, depth = np.array([60.0, 50.0]), Depth(room(), CAMERA)
+    goal = Goal(point, motion_in_space(point, np.zeros(2), -1.2, depth), 4.0)
+    found = follow(plan(goal, SIZE, SEARCH, depth), drawer_in_space)
+    assert found.pokes.dz.min() < -1.2  # drawn longer than asked for, too
+    assert (found.pokes.dz > -depth.at(found.pokes.xy)).all()
+
+
 def receding_drawer(pokes: Pokes, queries: np.ndarray) -> FlowMixture:
     """The drawer in the image; all goes 0.1 m away from the camera, as far as depth is known."""
     assert np.isnan(pokes.dz).all()
