@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import os
 import shutil
+import struct
 import tempfile
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -44,7 +45,7 @@ from std_msgs.msg import Header
 
 from fpt_model import FlowPredictor
 from fpt_msgs.msg import ModelInfo, PokeArray, QueryArray
-from fpt_ros.history import stamp_ns
+from fpt_ros.history import HeldImage, stamp_ns
 from fpt_ros.inbox import Batch, Request
 from fpt_ros.messages import pokes_to_msg
 from fpt_ros.monitor import Monitor
@@ -74,6 +75,7 @@ INPUT_TYPES: dict[str, tuple[type, ...]] = {
 """The types of the node's inputs, by name."""
 
 _FOREVER = QosTime(2**31 - 1, 0)
+_STAMP_BYTES = 12  # up to the end of a serialised message's stamp
 
 
 class BagError(ValueError):
@@ -200,14 +202,7 @@ def read(
     """
     names = {c.id: name for name, those in connections.items() for c in those}
     classes = {type_name(t): t for name in connections for t in types[name]}
-    messages = bag.messages([c for those in connections.values() for c in those], start, stop)
-    while True:
-        try:
-            connection, ns, data = next(messages)
-        except StopIteration:
-            return
-        except Exception as error:  # a damaged file can cause anything
-            raise BagError(f"the bag {str(bag.path)!r} is damaged: {error}") from error
+    for connection, ns, data in _read_raw(bag, connections, start, stop):
         msg, problem = None, ""
         try:
             msg = deserialize_message(data, classes[connection.msgtype])
@@ -217,6 +212,31 @@ def read(
                 f"{connection.msgtype}: {error}"
             )
         yield Recorded(names[connection.id], connection, ns, data, msg, problem)
+
+
+def _read_raw(
+    bag: Reader,
+    connections: Mapping[str, Sequence[Connection]],
+    start: int | None = None,
+    stop: int | None = None,
+) -> Iterator[tuple[Connection, int, bytes]]:
+    messages = bag.messages([c for those in connections.values() for c in those], start, stop)
+    while True:
+        try:
+            yield next(messages)
+        except StopIteration:
+            return
+        except Exception as error:  # a damaged file can cause anything
+            raise BagError(f"the bag {str(bag.path)!r} is damaged: {error}") from error
+
+
+def _stamps(messages: Iterable[tuple[Connection, int, bytes]]) -> Iterator[tuple[int, int]]:
+    """Stamped and recorded times, ns, of messages that begin with a header: images are large."""
+    for _, ns, data in messages:
+        if len(data) >= _STAMP_BYTES:
+            order = "<" if data[1] % 2 else ">"  # CDR: 4 bytes say how the rest is encoded
+            sec, nanosec = struct.unpack_from(f"{order}iI", data, 4)
+            yield sec * 1_000_000_000 + nanosec, ns
 
 
 def process_bag(
@@ -252,7 +272,12 @@ def process_bag(
     monitor = Monitor(first, lambda name, duration_ms: None)
     parameters: dict[str, Any] = {spec.name: spec.default for spec in FPT_PARAMETERS}
     parameters |= {"max_age_ms": 0.0, "depth_wait_ms": 0.0, **(values or {})}
-    messages = Outputs(predictor.config, lambda: parameters["marker_lifetime_s"], monitor.stage)
+    messages = Outputs(
+        predictor.config,
+        lambda: parameters["marker_lifetime_s"],
+        monitor.stage,
+        lambda problem: monitor.error("camera_info", problem),
+    )
     table = messages.table | (SceneOutputs().table if inputs.get("depth") else {})
     names = list(table) if outputs is None else list(outputs)
     unknown = [name for name in names if name not in table]
@@ -289,7 +314,7 @@ def process_bag(
         )
 
         def process(image: Image | CompressedImage | None = None, *requests: Request) -> None:
-            images = [] if image is None else [image]
+            images = [] if image is None else [HeldImage(image)]
             near = depths.nearest(image.header) if depths and image is not None else []
             worker.process(Batch(images, 0, [*requests], woken=False, depths=near))
 
@@ -347,20 +372,19 @@ class _Depths:
 
     def __init__(self, bag: Reader, topic: str) -> None:
         self._bag, self._inputs = bag, find_topics(bag, {"depth": topic}, INPUT_TYPES)
-        self._times = sorted(
-            (stamp_ns(m.msg.header), m.ns) for m in self._read() if m.msg is not None
-        )  # stamped, recorded
+        self._times = sorted(_stamps(_read_raw(bag, self._inputs)))
 
     def nearest(self, header: Header) -> list[Image]:
         """It alone; nothing where the bag has no depth."""
         wanted = stamp_ns(header)
         after = bisect_left(self._times, (wanted, 0))
-        near = self._times[max(0, after - 1) : after + 1]
-        if not near:
-            return []
-        stamp, recorded = min(near, key=lambda times: abs(times[0] - wanted))
-        found = (m.msg for m in self._read(recorded, recorded + 1) if m.msg is not None)
-        return [msg for msg in found if stamp_ns(msg.header) == stamp][:1]
+        near = self._times[max(0, after - 2) : after + 2]  # the nearest may be malformed
+        for stamp, recorded in sorted(near, key=lambda times: abs(times[0] - wanted)):
+            found = (m.msg for m in self._read(recorded, recorded + 1) if m.msg is not None)
+            for msg in found:
+                if stamp_ns(msg.header) == stamp:
+                    return [msg]
+        return []
 
     def _read(self, start: int | None = None, stop: int | None = None) -> Iterator[Recorded]:
         return read(self._bag, self._inputs, INPUT_TYPES, start, stop)

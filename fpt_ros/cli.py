@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 import typer
 
@@ -40,11 +42,17 @@ app.command()(view)
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line. Exits with 0, or with 2 and one line for a user's mistake."""
     keep_freed_memory()
+    signal.signal(signal.SIGTERM, _end)
     try:
         app(arguments, prog_name="fpt")
     except UserError as error:
         print(f"fpt: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+
+
+def _end(number: int, _: object) -> NoReturn:
+    """Ends as an interrupted command does: what is half done is taken away."""
+    sys.exit(128 + number)
 
 
 if __name__ == "__main__":

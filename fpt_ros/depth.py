@@ -115,9 +115,12 @@ class DepthHistory:
         newest = next(reversed(self._latest), None)
         return newest is not None and stamp_ns(newest.header) >= stamp_ns(header)
 
-    def find(self, header: Header, slop_ms: float) -> Image | None:
-        """The one whose stamp is nearest to an image's, at most ``slop_ms`` away."""
-        nearest = self._nearest(header)
+    def find(self, header: Header, slop_ms: float, known: Image | None = None) -> Image | None:
+        """The one whose stamp is nearest to an image's, at most ``slop_ms`` away.
+
+        ``known`` is one that was found before, and need not be held any more.
+        """
+        nearest = self._nearest(header, known)
         return nearest if nearest is not None and self._lag_ms(nearest, header) <= slop_ms else None
 
     def describe(self, header: Header, slop_ms: float) -> str:
@@ -132,8 +135,8 @@ class DepthHistory:
             f"{self._lag_ms(nearest, header):.0f} ms away, the last came {silence_s:.1f} s ago"
         )
 
-    def _nearest(self, header: Header) -> Image | None:
-        newest_first = reversed(self._latest)
+    def _nearest(self, header: Header, known: Image | None = None) -> Image | None:
+        newest_first = [*reversed(self._latest), *([known] if known is not None else [])]
         return min(newest_first, key=lambda msg: self._lag_ms(msg, header), default=None)
 
     @staticmethod

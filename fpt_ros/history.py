@@ -48,8 +48,9 @@ class HeldImage:
     view: View | None = None
     error: str = ""  # why it cannot be read
     arrived_s: float = field(default_factory=time.monotonic)
+    depth_msg: Image | None = None  # the nearest to it of all that came
     depth_tried: bool = False  # whether it was reported that it has no usable depth,
-    depth_msg: Image | None = None  # and this is no usable one
+    useless_depth: Image | None = None  # and this is no usable one
 
     @property
     def header(self) -> Header:
@@ -79,10 +80,9 @@ class ImageHistory:
         self._encoded: deque[HeldImage] = deque()
         self._scenes = scenes
 
-    def add(self, msg: Image | CompressedImage) -> HeldImage:
+    def add(self, image: HeldImage) -> None:
         """Hold an image as the newest."""
-        self._latest.append(HeldImage(msg))
-        return self._latest[-1]
+        self._latest.append(image)
 
     def find(self, ns: int) -> HeldImage | None:
         """The image with this stamp; of several (a bag that loops repeats them) the newest."""

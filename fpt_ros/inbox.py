@@ -13,7 +13,7 @@ from typing import Any
 from sensor_msgs.msg import CompressedImage, Image
 
 from fpt_msgs.msg import PokeArray, QueryArray
-from fpt_ros.history import stamp_ns
+from fpt_ros.history import HeldImage, stamp_ns
 from fpt_ros.pokes import RequestError
 
 MAX_REQUESTS = 64
@@ -59,7 +59,7 @@ class Request:
 class Batch:
     """Everything that arrived since the last batch."""
 
-    images: list[Image | CompressedImage]  # oldest first; the last of those that may be held
+    images: list[HeldImage]  # oldest first; the last of those that may be held
     superseded: int  # images that a newer one followed
     requests: list[Request]
     woken: bool  # something else happened that calls for an answer
@@ -71,7 +71,7 @@ class Inbox:
 
     def __init__(self, max_images: int) -> None:
         self._changed = Condition()
-        self._images: deque[Image | CompressedImage] = deque(maxlen=max_images)
+        self._images: deque[HeldImage] = deque(maxlen=max_images)
         self._arrived = 0
         self._depths: deque[Image] = deque(maxlen=max_images)
         self._requests: deque[Request] = deque()
@@ -81,7 +81,7 @@ class Inbox:
     def put_image(self, image: Image | CompressedImage) -> None:
         """Leave an image."""
         with self._changed:
-            self._images.append(image)
+            self._images.append(HeldImage(image))  # from now on it gets old
             self._arrived += 1
             self._changed.notify()
 

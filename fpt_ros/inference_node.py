@@ -346,7 +346,10 @@ class FptNode(LifecycleNode):
 
     def _create_topics(self) -> None:
         self._messages = Outputs(
-            self._model.config, lambda: self._value("marker_lifetime_s"), self._monitor.stage
+            self._model.config,
+            lambda: self._value("marker_lifetime_s"),
+            self._monitor.stage,
+            lambda problem: self._monitor.warn("camera_info", problem),
         )
         outputs = self._messages.table
         if self._with_depth:
@@ -411,7 +414,7 @@ class FptNode(LifecycleNode):
     def _warn_qos(self, topic: str, entity: str, event: Any) -> None:
         policy = qos_policy_name_from_kind(event.last_policy_kind)
         other = "subscriber" if entity == "publisher" else "publisher"
-        self._monitor.error("qos", f"incompatible {policy} on {topic}")
+        self._monitor.remember_error("qos", f"incompatible {policy} on {topic}")
         advice = "Change it there"
         parameter = f"qos_overrides.{topic}.{entity}.{policy.lower()}"
         if self.has_parameter(parameter):
@@ -429,9 +432,11 @@ class FptNode(LifecycleNode):
             self._worker.put_depth(msg)
 
     def _on_command(self, kind: str, msg: PokeArray | QueryArray) -> None:
+        self._monitor.count(f"{kind} received")
         if self._worker is not None and self._worker.running:
-            self._monitor.count(f"{kind} received")
             self._worker.put(Request(kind, msg))
+        else:
+            self._monitor.error(kind, self._inactive)
 
     def _on_camera_info(self, msg: CameraInfo) -> None:
         if self._messages is not None:
@@ -482,7 +487,7 @@ class FptNode(LifecycleNode):
         """The worker's response to a request, or the reason why there is none."""
         self._monitor.count(f"{request.kind} received")
         if self._worker is None or not self._worker.running:
-            reason = RequestError(f"the node is {self._state}, expected active")
+            reason = RequestError(self._inactive)
             self._monitor.error(request.kind, str(reason))
             return reason
         future = Future()
@@ -497,6 +502,11 @@ class FptNode(LifecycleNode):
         return await future
 
     # ------------------------------------------------------------------------------ reporting
+
+    @property
+    def _inactive(self) -> str:
+        """Why something is refused by a node that does not run."""
+        return f"the node is {self._state}, expected active"
 
     @property
     def _state(self) -> str:

@@ -8,7 +8,8 @@ nominal camera, see :meth:`Intrinsics.nominal`.
 
 from __future__ import annotations
 
-from contextlib import suppress
+from collections.abc import Callable
+from typing import Any
 
 import cv2
 import numpy as np
@@ -46,14 +47,19 @@ _ELLIPSE_OPACITY = 0.4  # of its mode's arrow
 _FLAT_M = 1e-3  # thickness of an ellipse
 
 
-def display_camera(info: CameraInfo | None, size: Size) -> Intrinsics:
+def display_camera(
+    info: CameraInfo | None, size: Size, report: Callable[[str], Any] = lambda _: None
+) -> Intrinsics:
     """That of the rectified camera, as image_geometry takes it: the projection matrix P.
 
-    The nominal one where ``info`` is None, not calibrated, or about an image of another size.
+    The nominal one where ``info`` is None, or of no use, not calibrated or about an image of
+    another size, say: then ``report`` is told why.
     """
     if info is not None:
-        with suppress(DepthError):
+        try:
             return camera_intrinsics(info, size)
+        except DepthError as error:
+            report(f"the markers may not cover what they are about in RViz: {error}")
     return Intrinsics.nominal(size)
 
 

@@ -165,6 +165,8 @@ class Monitor:
                 )
             elif now - self._image_at > _SILENCE_S:
                 message = "no image received; check topic and QoS"
+                if self._image_at > -math.inf:
+                    message = f"no image for {now - self._image_at:.0f} s; is the camera running?"
             else:
                 level, message = DiagnosticStatus.OK, "answering"
             values = {"state": state, **facts}

@@ -28,6 +28,7 @@ class Outputs:
         config: of the model that answers.
         marker_lifetime_s: the present value of the parameter of that name.
         stage: context of each stage.
+        report: takes what is wrong with ``camera_info``, once.
 
     Attributes:
         camera_info: the latest, for the markers; None: none was received.
@@ -35,8 +36,13 @@ class Outputs:
     """
 
     def __init__(
-        self, config: FPTConfig, marker_lifetime_s: Callable[[], float], stage: Stage
+        self,
+        config: FPTConfig,
+        marker_lifetime_s: Callable[[], float],
+        stage: Stage,
+        report: Callable[[str], None],
     ) -> None:
+        self._report, self._told = report, ""
         self._config, self._marker_lifetime_s, self._stage = config, marker_lifetime_s, stage
         self._markers = Markers()
         self.camera_info: CameraInfo | None = None
@@ -76,7 +82,7 @@ class Outputs:
     def _mark(self, answer: Answer, header: Header) -> MarkerArray:
         mixture = answer.distribution.marginal(2)  # a stage of its own
         with self._stage("mark"):
-            camera = display_camera(self.camera_info, answer.view.size)
+            camera = display_camera(self.camera_info, answer.view.size, self._tell)
             return self._markers.update(
                 answer.pokes,
                 answer.queries,
@@ -85,6 +91,11 @@ class Outputs:
                 header,
                 self._marker_lifetime_s(),
             )
+
+    def _tell(self, problem: str) -> None:
+        if problem != self._told:
+            self._told = problem
+            self._report(problem)
 
 
 def _image(encoding: str, pixels: Callable[[Answer], Any]) -> tuple[type, Build]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -22,6 +23,7 @@ from rclpy.client import Client
 from rclpy.clock import Clock
 from rclpy.clock_type import ClockType
 from rclpy.node import Node
+from rclpy.subscription import Subscription
 from rclpy.task import Future
 from sensor_msgs.msg import CameraInfo, Image
 from std_msgs.msg import Header
@@ -71,11 +73,13 @@ PARAMETERS = (
          math.prod(Search.cells), 1000000),
     Spec("timeout_s", 10.0, "The FPT node is given up when it has not answered for this long, s.",
          0.1, 3600.0),
+    Spec("image_history", _FPT["image_history"].default, "The FPT node's parameter of that name: "
+         "depth images kept for plans on images that it still holds.", 1, 1000, read_only=True),
     _FPT["depth_slop_ms"],
     Spec("plan_lifetime_s", 10.0, "Time after which RViz removes the markers of a plan, s; "
          "0: never.", 0.0, 3600.0),
 )  # fmt: skip
-"""Of this node; all can be changed at any time."""
+"""Of this node."""
 
 DISCOVERY_S = 2.0
 """The FPT node's services and model may be missing for this long."""
@@ -92,6 +96,7 @@ class PokePlanner(Node):
         self._info: ModelInfo | None = None
         self._camera_info: CameraInfo | None = None
         self._depths: DepthHistory | None = None  # None: the model has no use for depth
+        self._of_depth: Subscription | None = None  # the same
         self._display = Display()
         self._steady = Clock(clock_type=ClockType.STEADY_TIME)
         self._pokes = self.create_publisher(PokeArray, "pokes", 10)
@@ -111,9 +116,13 @@ class PokePlanner(Node):
     def _on_info(self, msg: ModelInfo) -> None:
         self._info = msg
         if msg.dims == 3 and self._depths is None:
-            # of as many images as the FPT node keeps, unless it is told otherwise
-            self._depths = DepthHistory(int(_FPT["image_history"].default))
-            self.create_subscription(Image, "depth", self._depths.add, qos.camera())
+            self._depths = DepthHistory(self._value("image_history"))
+            self._of_depth = self.create_subscription(
+                Image, "depth", self._depths.add, qos.camera()
+            )
+        elif msg.dims != 3 and self._of_depth is not None:  # the FPT node has another model now
+            self.destroy_subscription(self._of_depth)
+            self._of_depth = self._depths = None
 
     def _on_camera_info(self, msg: CameraInfo) -> None:
         self._camera_info = msg
@@ -133,6 +142,11 @@ class PokePlanner(Node):
         except RequestError as error:
             self.get_logger().warning(str(error))
             response.message = str(error)
+            return response
+        except Exception as error:  # a defect: the next plan may do
+            response.message = f"internal error, {type(error).__name__}: {error}"
+            self.get_logger().error(response.message)
+            self.get_logger().debug(traceback.format_exc())
             return response
         chosen = chosen.first(request.count or self._value("max_count"))
         response.success, response.header, response.pokes = True, header, ranked_pokes(chosen)
@@ -242,6 +256,11 @@ class PokePlanner(Node):
             )
             answer = await self._call(self._evaluate, request)
             mixtures += [distribution_from_msg(msg)[1] for msg in answer.distributions]
+        if len(dims := {mixture.dims for mixture in mixtures}) > 1:
+            raise RequestError(
+                f"received predictions of {' and '.join(map(str, sorted(dims)))} dimensions for "
+                "one image: its depth came or went while it was planned; ask again"
+            )
         return mixtures
 
     async def _call(self, client: Client, request: Any) -> Any:
@@ -294,7 +313,7 @@ class PokePlanner(Node):
 
         With depth also how the goal's ``point [2]`` would move in space under the best.
         """
-        camera = display_camera(self._camera_info, size)
+        camera = display_camera(self._camera_info, size, self.get_logger().warning)
         best = max(float(chosen.score[0]), 1e-9)
         opacity = np.clip(chosen.score / best, 0.1, 1.0)
         opacity[0] = 1.0  # be its score 0 or less

@@ -152,8 +152,15 @@ class RerunLog:
             return
         self._recording.set_time(TIMELINE, timestamp=np.datetime64(self._latest_ns, "ns"))
         early, self._early = self._early, {}
-        for which, what in (*early.items(), (name, msg)):
-            self._handlers[which](what)
+        problem = ""
+        for which, what in early.items():
+            try:
+                self._handlers[which](what)
+            except ValueError as error:  # the others are shown all the same
+                problem = f"{which} before the first image: {error}"
+        self._handlers[name](msg)
+        if problem:
+            raise ValueError(problem)
 
     def _log(self, entity: str, *what: Any, static: bool = False) -> None:
         self._recording.log(entity, *what, static=static)

@@ -20,6 +20,8 @@ from dataclasses import replace
 from threading import Thread
 from typing import Any, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
 from rclpy.clock import Clock
 from rclpy.impl.rcutils_logger import RcutilsLogger
 from rclpy.publisher import Publisher
@@ -194,6 +196,8 @@ class Worker:
                 held = newest if request.stands else self._find(request)
                 if request.stands:
                     self._accept(request, self._standing, held)
+                    if held is not None:  # it follows what was sent for this image alone
+                        setattr(held.named, request.kind, None)
                     due = True
                 elif held is None:
                     self._wait(request)
@@ -201,7 +205,8 @@ class Worker:
                     if heard:
                         self._open(held)
                     self._accept(request, held.named, held)
-                    named.append(held)
+                    if held not in named:
+                        named.append(held)
                 else:
                     self._begin_job(request, held)
             except RequestError as error:
@@ -225,8 +230,9 @@ class Worker:
 
     def _take_up(self, batch: Batch) -> bool:
         """Hold what arrived; whether there is a new image to be answered, the current one."""
-        images = [self._history.add(msg) for msg in batch.images]
-        self._pending += images
+        for image in batch.images:
+            self._history.add(image)
+        self._pending += batch.images
         for msg in batch.depths:
             if self._depths is not None:
                 self._depths.add(msg)
@@ -234,9 +240,10 @@ class Worker:
         ready = [held for held in self._pending if not self._awaits_depth(held)]
         if not ready:
             return False
-        chosen = next((h for h in reversed(ready) if self._depth_of(h) is not None), ready[-1])
+        with_depth = [held for held in ready if self._depth_of(held) is not None]
+        chosen = (with_depth or ready)[-1]
         index = self._pending.index(chosen)
-        dropped = index + batch.superseded - max(0, len(images) - 1)
+        dropped = index + batch.superseded - max(0, len(batch.images) - 1)
         if dropped:
             self._monitor.count("images dropped: newer came first", dropped)
         del self._pending[: index + 1]
@@ -253,6 +260,8 @@ class Worker:
                     request.done(RequestError("cancelled"))
                     continue
                 feedback = next(steps)
+                if feedback is not None:
+                    request.progress(feedback)
             except StopIteration as end:
                 self._monitor.count(f"{request.kind} answered")
                 request.done(end.value)
@@ -262,8 +271,6 @@ class Worker:
                 self._internal(error)
                 request.done(RequestError(f"internal error, {type(error).__name__}: {error}"))
             else:
-                if feedback is not None:
-                    request.progress(feedback)
                 self._jobs.append((request, steps))
             if time.monotonic() >= until_s:
                 return
@@ -309,10 +316,11 @@ class Worker:
         return held.view is not None
 
     def _depth_of(self, held: HeldImage) -> Image | None:
-        """The depth image that belongs to an image, if it is here."""
-        if self._depths is None:
-            return None
-        return self._depths.find(held.header, self._parameter("depth_slop_ms"))
+        """The depth image that belongs to an image, if it came; kept with it from then on."""
+        if self._depths is not None:
+            slop_ms = self._parameter("depth_slop_ms")
+            held.depth_msg = self._depths.find(held.header, slop_ms, held.depth_msg)
+        return held.depth_msg
 
     def _awaits_depth(self, held: HeldImage) -> bool:
         """Whether its depth, or one that is nearer to it, may still come."""
@@ -339,9 +347,9 @@ class Worker:
             lag_ms = (stamp_ns(msg.header) - stamp_ns(held.header)) / 1e6
             self.depth_state = f"in use, {lag_ms:+.0f} ms from its image"
         except DepthError as error:
-            if held.depth_tried and msg is held.depth_msg:
+            if held.depth_tried and msg is held.useless_depth:
                 return
-            held.depth_tried, held.depth_msg = True, msg
+            held.depth_tried, held.useless_depth = True, msg
             self.depth_state = "none: answering in the image alone"
             self._monitor.error("depth", str(error))
 
@@ -423,17 +431,23 @@ class Worker:
                 check_inside("query", queries, size)
             conditions.queries = queries
 
+    def _asked(self, held: HeldImage) -> tuple[Pokes, NDArray[np.float64] | None]:
+        """The pokes and queries in force for an image: those that name it, or that stand."""
+        asked, standing = held.named, self._standing
+        pokes = standing.pokes if asked.pokes is None else asked.pokes
+        queries = standing.queries if asked.queries is None else asked.queries
+        return Pokes() if pokes is None else pokes, queries
+
     def _answer(self, held: HeldImage) -> None:
         """Publish all outputs that somebody subscribes to."""
         assert held.view is not None
-        asked, standing = held.named, self._standing
-        pokes = standing.pokes if asked.pokes is None else asked.pokes
+        pokes, queries = self._asked(held)
         try:
             answer = Answer(
                 self._predictor,
                 held.view,
-                Pokes() if pokes is None else pokes,
-                standing.queries if asked.queries is None else asked.queries,
+                pokes,
+                queries,
                 self._settings(),
                 self._monitor.stage,
             )

@@ -7,7 +7,7 @@ ros2 launch fpt_ros fpt.launch.py image:=/camera/color/image_raw
 from pathlib import Path
 
 from launch import LaunchContext, LaunchDescription
-from launch.actions import DeclareLaunchArgument, OpaqueFunction, SetEnvironmentVariable
+from launch.actions import DeclareLaunchArgument, OpaqueFunction, SetEnvironmentVariable, Shutdown
 from launch.conditions import IfCondition
 from launch.substitutions import LaunchConfiguration
 from launch_ros.actions import Node
@@ -39,6 +39,7 @@ def nodes(context: LaunchContext) -> list[Node]:
         "namespace": LaunchConfiguration("namespace"),
         "output": "screen",
         "emulate_tty": True,
+        "on_exit": Shutdown(reason="a node ended"),  # whoever starts both again need not guess
     }
     camera = [(name, LaunchConfiguration(name)) for name in ("camera_info", "depth")]
     return [

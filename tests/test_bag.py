@@ -192,7 +192,7 @@ def test_images_and_pokes_are_joined_as_in_the_node(
     messages = read_bag(out)
     check_answers(messages, expected)
     # all outputs of the node, recorded when that was which called for them
-    names = Outputs(load_model(model).config, float, None).table.keys()  # type: ignore[arg-type]
+    names = Outputs(load_model(model).config, float, None, print).table.keys()  # type: ignore[arg-type]
     assert {topic for topic, _, _ in messages} == {f"/fpt/{name}" for name in (*names, "info")}
     times = [t for topic, t, _ in messages if topic == "/fpt/mask"]
     called = [0 * PERIOD_S + LATE, 1 * PERIOD_S + LATE, 2 * PERIOD_S + LATE, 3 * PERIOD_S + LATE]

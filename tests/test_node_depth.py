@@ -712,6 +712,8 @@ def test_the_nearest_stamp_counts() -> None:
     assert history.find(header(60), 0.0) is depths[2]
     assert history.find(header(61), 0.0) is None
     assert history.find(header(0), 20.0) is None, "it made room"
+    assert history.find(header(0), 20.0, depths[0]) is depths[0], "an image may keep its own"
+    assert history.find(header(60), 20.0, depths[1]) is depths[2], "what is nearer replaces it"
     assert "the nearest is 30 ms away" in history.describe(header(0), 20.0)
 
 

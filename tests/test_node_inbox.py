@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import time
 from functools import partial
 from pathlib import Path
 from threading import Thread
@@ -18,7 +19,7 @@ from fpt_model import FlowPredictor, load_model
 from fpt_msgs.msg import PokeArray, QueryArray
 from fpt_msgs.srv import PredictFlow
 from fpt_ros.first_thread import FirstThread
-from fpt_ros.history import ImageHistory
+from fpt_ros.history import HeldImage, ImageHistory
 from fpt_ros.images import ImageError, array_to_image, image_to_rgb
 from fpt_ros.inbox import MAX_REQUESTS, Inbox, Request
 from fpt_ros.pipeline import View
@@ -34,8 +35,10 @@ def test_the_inbox_keeps_the_newest_images_and_counts_the_others() -> None:
     inbox = Inbox(max_images=3)
     for sec in range(1, 6):
         inbox.put_image(image(sec))
+    came_s = time.monotonic()
     batch = inbox.take()
     assert batch is not None
+    assert all(held.arrived_s <= came_s for held in batch.images), "they get old while they wait"
     assert [msg.header.stamp.sec for msg in batch.images] == [3, 4, 5]
     assert batch.superseded == 4
     inbox.put_image(image(6))
@@ -114,12 +117,14 @@ def test_images_are_encoded_once_and_scenes_outlast_images(predictor: FlowPredic
 
     history = ImageHistory(images=3, scenes=2)
     assert history.describe() == "none is held"
-    held = [history.add(image(sec)) for sec in range(1, 4)]
+    held = [HeldImage(image(sec)) for sec in range(1, 4)]
+    for one in held:
+        history.add(one)
     first = history.view(held[0], encode)
     assert history.view(held[0], encode) is first
     assert encoded == [1]
     for sec in range(4, 8):
-        history.add(image(sec))
+        history.add(HeldImage(image(sec)))
     # 1 is held for its encoding, 2 and 3 not any more
     assert history.find(10**9) is held[0]
     assert history.find(2 * 10**9) is None
@@ -132,7 +137,8 @@ def test_images_are_encoded_once_and_scenes_outlast_images(predictor: FlowPredic
     assert held[0].view is None
     assert history.find(10**9) is None
     # a bag that loops: the newest of the same stamp
-    again = history.add(image(6))
+    again = HeldImage(image(6))
+    history.add(again)
     assert history.find(6 * 10**9) is again
 
 
@@ -145,7 +151,8 @@ def test_an_image_that_cannot_be_read_is_tried_once(predictor: FlowPredictor) ->
         return View(pixels, predictor.encode(pixels))
 
     history = ImageHistory(images=3, scenes=2)
-    held = history.add(Image(height=2, width=2, encoding="rgb8"))
+    held = HeldImage(Image(height=2, width=2, encoding="rgb8"))
+    history.add(held)
     for _ in range(2):
         with pytest.raises(ImageError, match="step is 0 bytes"):
             history.view(held, encode)

@@ -28,6 +28,7 @@ from fpt_msgs.action import SampleFlow
 from fpt_msgs.msg import FlowDistribution, FlowSamples, Poke, PokeArray, QueryArray
 from fpt_msgs.srv import EvaluatePokes, PredictFlow, SegmentMovingPart
 from fpt_ros.environment import claim_domain_id
+from fpt_ros.history import HeldImage
 from fpt_ros.images import (
     ENCODINGS,
     ImageError,
@@ -378,7 +379,7 @@ def test_an_image_that_came_young_is_answered_however_long_its_encoding_takes(
 
     monkeypatch.setattr(predictor, "encode", slowly)
     now = Header(stamp=idle.get_clock().now().to_msg(), frame_id="camera")
-    worker.process(Batch([black(now)], 0, [], woken=False))
+    worker.process(Batch([HeldImage(black(now))], 0, [], woken=False))
     assert idle._monitor.counts["answers"] == 1
     worker.process(Batch([], 0, [], woken=True))  # by now it is too old
     assert idle._monitor.counts["answers"] == 1
@@ -388,7 +389,7 @@ def test_an_image_without_a_stamp_gets_old_from_when_it_came(idle: FptNode) -> N
     idle.set_parameters([Parameter("max_age_ms", value=1000.0)])
     worker = idle._worker
     assert worker is not None
-    worker.process(Batch([black(Header())], 0, [], woken=False))
+    worker.process(Batch([HeldImage(black(Header()))], 0, [], woken=False))
     assert idle._monitor.counts["answers"] == 1
     time.sleep(1.1)
     worker.process(Batch([], 0, [], woken=True))
@@ -403,14 +404,38 @@ def test_pokes_outside_a_picture_not_yet_read_replace_none(idle: FptNode) -> Non
     old = Header()
     old.stamp.sec = 1  # too old to be read
     requests = [Request("pokes", msg) for msg in (inside, outside)]
-    worker.process(Batch([black(old)], 0, requests, woken=False))
+    worker.process(Batch([HeldImage(black(old))], 0, requests, woken=False))
     assert worker._standing.pokes is not None
     assert worker._standing.pokes.xy[0, 0] == 1
     assert "x=5000" in idle._monitor._last_error
 
-    worker.process(Batch([Image(header=old)], 0, [Request("pokes", inside)], woken=False))
+    worker.process(
+        Batch([HeldImage(Image(header=old))], 0, [Request("pokes", inside)], woken=False)
+    )
     assert idle._monitor.counts["errors: pokes"] == 1  # the picture has no size to be outside of
     assert "errors: internal" not in idle._monitor.counts
+
+
+def test_the_latest_of_named_and_standing_pokes_holds_and_images_are_answered_once(
+    idle: FptNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = idle._worker
+    assert worker is not None
+    asked: list[list[float]] = []
+    monkeypatch.setattr(
+        worker, "_answer", lambda held: asked.append(worker._asked(held)[0].flow[:, 0].tolist())
+    )
+
+    def push(dx: float, of: Header) -> Request:
+        return Request("pokes", PokeArray(header=of, pokes=[Poke(x=3.0, y=4.0, dx=dx)]))
+
+    now = Header(stamp=idle.get_clock().now().to_msg())
+    queries = Request("queries", QueryArray(header=now))
+    worker.process(Batch([HeldImage(black(now))], 0, [push(3.0, now), queries], woken=False))
+    worker.process(Batch([], 0, [push(7.0, Header())], woken=False))
+    worker.process(Batch([], 0, [push(5.0, now)], woken=False))
+    worker.process(Batch([], 0, [Request("pokes", PokeArray())], woken=False))
+    assert asked == [[3.0], [7.0], [5.0], []]
 
 
 def test_a_failure_inside_loses_no_request(idle: FptNode, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -428,7 +453,9 @@ def test_a_failure_inside_loses_no_request(idle: FptNode, monkeypatch: pytest.Mo
     answers: list[Any] = []
     asked = Request("predict_flow", PredictFlow.Request(header=header(1)), done=answers.append)
     poke = PokeArray(pokes=[Poke(x=3.0, y=4.0, dx=2.0, dy=0.0)])
-    worker.process(Batch([black(header(1))], 0, [Request("pokes", poke), asked], woken=False))
+    worker.process(
+        Batch([HeldImage(black(header(1)))], 0, [Request("pokes", poke), asked], woken=False)
+    )
     assert "RuntimeError: out of memory" in idle._monitor._last_error
     assert idle._monitor.counts["answers"] == 1, "with the poke that came with the image"
     worker.work_off(time.monotonic() + 60)
@@ -451,7 +478,7 @@ def test_of_too_many_requests_the_oldest_are_refused(idle: FptNode) -> None:
             for number in range(first, first + 40)
         ]
         images = [] if first else [black(header(1))]
-        worker.process(Batch(images, 0, requests, woken=False))
+        worker.process(Batch([HeldImage(image) for image in images], 0, requests, woken=False))
     assert sorted(answers) == list(range(80 - MAX_REQUESTS))
     assert all("more than 64 requests wait" in str(error) for error in answers.values())
     worker.work_off(time.monotonic() + 60)

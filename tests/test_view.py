@@ -20,8 +20,9 @@ from std_msgs.msg import Header, String
 from test_bag import PERIOD_S, Entry, header, image, ns, write_bag
 
 from fpt_model import FlowPredictor, load_model
+from fpt_model.depth import Intrinsics
 from fpt_model.visualize import ELLIPSE_SIGMAS, MIN_DRAWN_WEIGHT, flow_to_color
-from fpt_msgs.msg import FlowDistribution, PokeArray
+from fpt_msgs.msg import FlowDistribution, Poke, PokeArray
 from fpt_ros.cli import main
 from fpt_ros.environment import claim_domain_id
 from fpt_ros.history import stamp_ns
@@ -275,6 +276,16 @@ def test_images_without_a_stamp_are_refused() -> None:
     with pytest.raises(ValueError, match="its stamp is 0"):
         log.log("image", array_to_image(np.zeros((4, 6, 3), np.uint8), "rgb8", Header()))
     log.log("image", array_to_image(np.zeros((4, 6, 3), np.uint8), "rgb8", header(0.0)))
+
+
+def test_what_is_wrong_before_the_first_image_is_named_and_hides_nothing() -> None:
+    log = RerunLog(rerun.RecordingStream("test"))
+    log.log("pokes", PokeArray(pokes=[Poke(x=np.nan)]))
+    camera_info = CameraInfo(height=4, width=6, p=[5.0, 0, 2, 0, 0, 5, 1, 0, 0, 0, 1, 0])
+    log.log("camera_info", camera_info)
+    with pytest.raises(ValueError, match=r"pokes before the first image: .*nan"):
+        log.log("image", array_to_image(np.zeros((4, 6, 3), np.uint8), "rgb8", header(0.0)))
+    assert log._camera == ((4, 6), Intrinsics(5, 5, 2, 1))
 
 
 def test_points_in_another_frame_than_the_image_are_refused() -> None:
