@@ -51,9 +51,7 @@ def test_from_variants_to_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[
     mixture, single = results["rows"]
     assert mixture["parameters"] > single["parameters"] > 0
     for row in results["rows"]:
-        assert row["cpu_seconds"] >= 0
         assert 0 < row["epe_over_no_motion"] < 100
-        assert 0 <= row["iou"] <= 1
     assert single["best_of_two_over_mean"] == pytest.approx(1), "one mode, which is the mean"
     made = RunConfig.load(tmp_path / "runs" / "1-component" / "config.yaml")
     assert (made.model.components, made.optim.segment_weight, made.optim.steps) == (1, 0.5, 4)

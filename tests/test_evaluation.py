@@ -361,13 +361,11 @@ def test_from_model_to_report(fpt_eval: Any, data: Path, model: Path, tmp_path: 
         assert found["generator"] == GENERATOR
         assert 0 < found["worlds"] <= found["scenes"] <= 3
         for place in ("largest", "random"):
-            assert 0 <= found[place]["iou"]["kl_matched"] <= 1
             single = found["single_gaussian"][place]
             assert single["modes"]["all"]["diversity"] == 0
             assert single["epe"]["no_motion"] == found[place]["epe"]["no_motion"]
         assert list(found["curve"]) == ["1", "2", "5", "10", "100"]
         several = found["ambiguity"]
-        assert several["futures/best_of_two"] <= several["futures/mode"]
         for weighting in ("futures", "distinct"):
             known = several[f"{weighting}/known_best_of_two_over_mean"]
             assert 0 < known < several[f"{weighting}/two_draws_over_mean"]
@@ -431,7 +429,9 @@ def test_suites(name: str) -> None:
     [
         ({"splits": []}, "must have splits"),
         ({"pokes": [2, 1]}, "begin with 1 and grow"),
-        ({"grid": 0}, "grid must be >= 1, received 0"),
+        ({"pokes": 5}, "pokes must be a list, received 5"),
+        ({"tracking_noise": -1}, "tracking_noise must be >= 0, received -1"),
+        ({"grid": 0}, "grid must be a whole number >= 1, received 0"),
         ({"intervals_over": "scene"}, "received 'scene'"),
     ],
 )

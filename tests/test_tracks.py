@@ -21,6 +21,8 @@ from sim.dataset import Settings, write_dataset
 from training import tracks
 from training.config import DataConfig, RunConfig
 from training.data import ExampleDataset, Shards, UnusableSample, random_crop
+from training.evaluation.scenes import scenes
+from training.evaluation.suite import Suite
 from training.tracks import (
     MIN_TRACKS,
     TrackedClip,
@@ -232,6 +234,10 @@ def test_unusable_clips_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFi
     assert told.startswith("no example of sample 1, another is taken: a clip of train-000001 has 8")
     for number in (5, 2):  # whatever was drawn before
         assert torch.equal(again[number].image, examples[number].image)
+    suite = replace(Suite.load("clips"), horizon_frames=10)
+    caplog.clear()
+    assert all(scene.flow.any() for scene in scenes(shards, suite, 0))
+    assert "a clip of train-000001 is left out: it has 8 frames" in caplog.text
     (tmp_path / "train-000000.tar").unlink()
     with pytest.raises(
         UnusableSample, match="256 samples in a row are of no use, the last: a clip"

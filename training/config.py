@@ -16,6 +16,16 @@ import yaml
 from fpt_model import FPTConfig
 
 
+def _check_whole(name: str, value: Any, least: int) -> None:
+    if not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be a whole number >= {least}, received {value!r}")
+
+
+def _check_between(name: str, value: Any, most: float = 1.0) -> None:
+    if not isinstance(value, int | float) or not 0 <= value <= most:
+        raise ValueError(f"{name} must be in [0, {most:g}], received {value!r}")
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """How stored simulation samples become training examples."""
@@ -26,11 +36,11 @@ class DataConfig:
     visible_pokes: tuple[int, ...] = (0, 1, 1, 1, 1, 2, 2, 3, 4, 6, 10, 16)
     queries_per_group: int = 12
     futures_per_image: int = 1  # of one crop, encoded once: encoding dominates a step's cost
-    # about so large a share of an image's shown futures has a moving camera, where it has such and
-    # others stored; None: as stored
+    # so large a share of the shown futures has a moving camera, where an image has such and others
+    # stored; None: as stored. Of simulated images only, as is near_futures
     moving_camera: float | None = None
-    # image sides: an image's futures are shown with probabilities in proportion to this plus their
-    # largest motion, so that the steps go where most of the error is; None: all alike. The weight
+    # image sides: an image's futures are drawn by weights in proportion to this plus their largest
+    # motion, so that the steps go where most of the error is; None: all alike. The weight
     # depends on nothing that a poke where the motion is largest does not tell.
     near_futures: float | None = None
     segment_points: int = 0  # points whose rigid body is told, for an auxiliary loss
@@ -68,19 +78,30 @@ class DataConfig:
     def __post_init__(self) -> None:
         counts = self.visible_pokes
         counts = range(counts) if isinstance(counts, int) else counts
+        if (
+            not isinstance(counts, range | list | tuple)
+            or not counts
+            or not all(isinstance(n, int) and n >= 0 for n in counts)
+        ):
+            raise ValueError(f"visible_pokes must be counts >= 0, received {self.visible_pokes!r}")
         object.__setattr__(self, "visible_pokes", tuple(counts))
-        if not self.visible_pokes or min(self.visible_pokes) < 0:
-            raise ValueError(f"visible_pokes must be counts >= 0, received {self.visible_pokes}")
         for name, least in (
             ("queries_per_group", 1),
             ("futures_per_image", 1),
             ("segment_points", 0),
             ("horizon_frames", 1),
         ):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be >= {least}, received {getattr(self, name)}")
-        if self.moving_camera is not None and not 0 <= self.moving_camera <= 1:
-            raise ValueError(f"moving_camera must be in [0, 1], received {self.moving_camera}")
+            _check_whole(name, getattr(self, name), least)
+        if self.moving_camera is not None:
+            _check_between("moving_camera", self.moving_camera)
+        for name in ("hide_static_flag", "planar_pokes", "informed", "poke_on_moving", "flip"):
+            _check_between(name, getattr(self, name))
+        for name in ("first_poke_largest", "query_on_bodies", "quarter_turn", "colour", "light"):
+            _check_between(name, getattr(self, name))
+        for name in ("min_crop", "blur", "downscale", "noise", "jpeg"):
+            _check_between(name, getattr(self, name))
+        for name in ("target_noise", "poke_noise"):
+            _check_between(name, getattr(self, name), math.inf)
         if self.near_futures is not None and not 0 < self.near_futures < math.inf:
             raise ValueError(f"near_futures must be > 0, received {self.near_futures}")
 
@@ -91,6 +112,7 @@ class DataConfig:
             **dict.fromkeys(("target_noise", "poke_noise", "hide_static_flag"), 0.0),
             **dict.fromkeys(("flip", "quarter_turn", "colour", "light", "blur"), 0.0),
             **dict.fromkeys(("downscale", "noise", "jpeg"), 0.0),
+            **dict.fromkeys(("moving_camera", "near_futures")),  # as stored
             min_crop=1.0,
         )
 
@@ -110,7 +132,7 @@ class OptimConfig:
     encoder_learning_rate: float = 3e-4
     warmup_steps: int = 100
     # the rate stays at its peak until the last so many steps, so that a run may be continued from
-    # a checkpoint before them; None: it falls from the end of the warm-up on
+    # a checkpoint before them; None, or more than there are: it falls from the warm-up's end on
     decay_steps: int | None = None
     weight_decay: float = 0.02
     gradient_clip: float = 1.0
@@ -142,9 +164,23 @@ class OptimConfig:
             raise ValueError(f'precision must be "fp32" or "bf16", received {self.precision!r}')
         if self.optimiser not in ("adamw", "muon"):
             raise ValueError(f'optimiser must be "adamw" or "muon", received {self.optimiser!r}')
-        for name in ("batch_size", "checkpoint_every", "validate_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be >= 1, received {getattr(self, name)}")
+        for name in ("batch_size", "steps", "checkpoint_every", "validate_every"):
+            _check_whole(name, getattr(self, name), 1)
+        for name in ("warmup_steps", "frozen_encoder_stages"):
+            _check_whole(name, getattr(self, name), 0)
+        if self.warmup_steps > self.steps:
+            raise ValueError(
+                f"warmup_steps must be <= steps, received {self.warmup_steps} and {self.steps}"
+            )
+        if self.decay_steps is not None:
+            _check_whole("decay_steps", self.decay_steps, 0)
+        for name in ("learning_rate", "encoder_learning_rate", "weight_decay", "energy_weight"):
+            _check_between(name, getattr(self, name), math.inf)
+        _check_between("segment_weight", self.segment_weight, math.inf)
+        for name in ("outlier_share", "ema_decay"):
+            _check_between(name, getattr(self, name))
+        if not self.gradient_clip > 0:
+            raise ValueError(f"gradient_clip must be > 0, received {self.gradient_clip!r}")
         if self.pretrained_encoder and self.start_from:
             raise ValueError(
                 "pretrained_encoder and start_from exclude each other, received "
@@ -159,6 +195,13 @@ class RunConfig:
     model: FPTConfig = field(default_factory=FPTConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+
+    def __post_init__(self) -> None:
+        if self.optim.segment_weight and not self.data.segment_points:
+            raise ValueError(
+                f"segment_weight = {self.optim.segment_weight:g} needs segment_points > 0, "
+                f"received {self.data.segment_points}"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """The inverse of :meth:`from_dict`."""

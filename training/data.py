@@ -361,21 +361,24 @@ def choose_futures(
 ) -> NDArray[np.intp]:
     """Of the futures of an image, of which ``static [F]`` have a still camera, those to show.
 
-    They are shown in proportion to the positive ``weights [F]``, None: all alike; how often the
-    camera moves does not depend on these.
+    They are drawn by the positive ``weights [F]``, None: all alike. No future is shown twice unless
+    there are too few, so that of several the near ones are more than in proportion. How often the
+    camera moves does not depend on the weights.
     """
-    count, share, probability = config.futures_per_image, config.moving_camera, None
+    count, share = config.futures_per_image, config.moving_camera
     if share is None or static.all() or not static.any():
+        if weights is None:
+            return rng.choice(len(static), count, replace=len(static) < count)
         share = np.mean(~static)  # as stored
-    elif weights is None:
-        weights = np.ones(len(static))
-    if weights is not None:
-        probability = np.zeros(len(static))
-        for group, part in ((static, 1 - share), (~static, share)):
-            if group.any():
-                probability[group] = part * weights[group] / weights[group].sum()
-    possible = len(static) if probability is None else np.count_nonzero(probability)
-    return rng.choice(len(static), count, replace=possible < count, p=probability)
+    weights = np.ones(len(static)) if weights is None else weights
+    moving = rng.random(count) < share
+    chosen = np.empty(count, np.intp)
+    for group, here in ((static, ~moving), (~static, moving)):
+        if n := np.count_nonzero(here):
+            which = np.flatnonzero(group)
+            p = weights[which] / weights[which].sum()
+            chosen[here] = rng.choice(which, n, replace=len(which) < n, p=p)
+    return chosen
 
 
 def observed(
@@ -432,11 +435,15 @@ def pick(
     probability: float,
     rng: np.random.Generator,
 ) -> NDArray[np.intp]:
-    """``n`` pixel indices, each from ``preferred`` with ``probability`` where that is not empty."""
-    out = rng.choice(anywhere, n)
+    """``n`` pixel indices, each from ``preferred`` with ``probability`` where that is not empty.
+
+    None of either is drawn twice where there are enough, as in the public implementation.
+    """
+    out = rng.choice(anywhere, n, replace=len(anywhere) < n)
     if len(preferred):
         chosen = rng.random(n) < probability
-        out[chosen] = rng.choice(preferred, int(chosen.sum()))
+        count = int(chosen.sum())
+        out[chosen] = rng.choice(preferred, count, replace=len(preferred) < count)
     return out
 
 

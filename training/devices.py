@@ -7,6 +7,7 @@ import os
 
 from lightning_fabric import Fabric
 from lightning_fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 
 PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed"}
 """Fabric's names of a configuration's ``optim.precision``."""
@@ -55,7 +56,8 @@ def launch(
             strategy=strategy,
             precision=PRECISIONS[precision],  # type: ignore[arg-type]
         )
-    except RuntimeError as error:  # such as an accelerator that is not there
+    # such as an accelerator that is not there, or more GPUs than there are
+    except (RuntimeError, MisconfigurationException) as error:
         raise ValueError(str(error)) from error
     fabric.launch()
     return fabric

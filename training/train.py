@@ -9,6 +9,7 @@ checkpoint, goes on from it: model, moving average, optimiser, position in the d
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import logging
 import math
@@ -45,7 +46,9 @@ def learning_rate_factor(step: int, optim: OptimConfig) -> float:
     """Linear warm-up, then the peak, then in the last ``decay_steps`` a cosine to 1 % of it."""
     if step < optim.warmup_steps:
         return (step + 1) / optim.warmup_steps
-    decay = optim.steps - optim.warmup_steps if optim.decay_steps is None else optim.decay_steps
+    decay = optim.steps - optim.warmup_steps
+    if optim.decay_steps is not None:
+        decay = min(decay, optim.decay_steps)
     progress = 1 - (optim.steps - step) / max(1, decay)
     return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, progress))))
 
@@ -59,11 +62,12 @@ def make_optimisers(model: nn.Module, optim: OptimConfig) -> list[torch.optim.Op
     all alike.
     """
     groups: dict[tuple[bool, bool, bool], list[nn.Parameter]] = {}
+    embeddings = ("cond_emb", "cls_token", "reg_token", "pos_embed")  # of ViTs, too
     for name, p in model.named_parameters():
         if p.requires_grad:
             inner = ("layers." in name or "context.blocks." in name) and "norm" not in name
             muon = optim.optimiser == "muon" and p.ndim == 2 and inner
-            decay = p.ndim >= 2 and "cond_emb" not in name
+            decay = p.ndim >= 2 and not any(e in name for e in embeddings)
             groups.setdefault((muon, "encoder.backbone." in name, decay), []).append(p)
 
     def options(muon: bool) -> list[dict[str, Any]]:
@@ -95,7 +99,10 @@ def start_from(model: FlowPokeTransformer, name: str) -> None:
     """
     start = load_model(name)
     # position bands are inputs that stand before others; the rest says what the weights mean
-    for field in ("position_bands", "head", "flow_prescale", "sample_align_corners"):
+    for field in (
+        *("position_bands", "head", "flow_prescale", "sample_align_corners"),
+        *("image_mean", "image_std", "min_std"),
+    ):
         its, own = getattr(start.config, field), getattr(model.config, field)
         if its != own:
             raise ValueError(f"{name} has {field} = {its!r}, the run's model {own!r}")
@@ -240,6 +247,11 @@ class Trainer:
         return self.out / "last.pt"
 
     @property
+    def records(self) -> Path:
+        """The figures of each validation, a line of JSON each."""
+        return self.out / "validation.jsonl"
+
+    @property
     def config_file(self) -> Path:
         """The run's configuration."""
         return self.out / "config.yaml"
@@ -259,6 +271,7 @@ class Trainer:
             "optimisers": [o.state_dict() for o in self.optimisers],
             "step": self.step,
             "images": len(self.train_shards),
+            "data": self._data_digest(),
             "cpu_seconds": self.cpu_seconds,
         }
 
@@ -271,12 +284,23 @@ class Trainer:
                 f"the run was started with {before} training images, received {images}: give the "
                 "same data, or begin another run by optim.start_from"
             )
+        if (before := state.get("data", self._data_digest())) != self._data_digest():
+            raise ValueError(
+                f"the run was started with other training data of as many images ({before[:12]}, "
+                f"received {self._data_digest()[:12]}, by names and sizes of the shards): give "
+                "the same, or begin another run by optim.start_from"
+            )
         self.learner.load_state_dict(state["learner"])
         self.average.load_state_dict(state["average"])
         for optimiser, its in zip(self.optimisers, state["optimisers"], strict=True):
             optimiser.load_state_dict(its)
         self.step, self.cpu_seconds = state["step"], state["cpu_seconds"]
         log.info("resumed %s at step %d", self.checkpoint, self.step)
+
+    def _data_digest(self) -> str:
+        """Of the training shards' names and sizes: their contents would take long to read."""
+        files = [(file.name, file.stat().st_size) for file in self.train_shards.files]
+        return hashlib.sha256(json.dumps(files).encode()).hexdigest()
 
     def save(self) -> None:
         """Write the checkpoint and the moving average as a model file, each atomically."""
@@ -304,7 +328,10 @@ class Trainer:
         set_training_mode(self.model)
         share = self._share()
         batches = load_batches(dataset, share, share.local, self.workers)
-        writer = SummaryWriter(str(self.out / "tensorboard")) if first else None
+        writer = None
+        if first:  # what was recorded after the checkpoint is recorded again
+            writer = SummaryWriter(str(self.out / "tensorboard"), purge_step=self.step + 1)
+            self._keep_records_until(self.step)
         started, running = _cpu_seconds(), None
         with tqdm(
             total=optim.steps, initial=self.step, unit="step", smoothing=0.02, disable=not first
@@ -391,8 +418,14 @@ class Trainer:
         if picture is not None:
             writer.add_image("val_scenes", picture, self.step, dataformats="HWC")
         line = {"step": self.step, "time": time.time(), "train_nll": running[0].item(), **figures}
-        with (self.out / "validation.jsonl").open("a") as file:
+        with self.records.open("a") as file:
             file.write(json.dumps(line) + "\n")
+
+    def _keep_records_until(self, step: int) -> None:
+        if self.records.is_file():
+            lines = self.records.read_text().splitlines(keepends=True)
+            kept = [line for line in lines if json.loads(line)["step"] <= step]
+            self.records.write_text("".join(kept))
 
 
 def log_from_first(fabric: Fabric) -> None:

@@ -76,6 +76,7 @@ def evaluate(
     from fpt_model.engine import BackendError
 
     try:
+        from sim.dataset import sha256
         from training.evaluation import run
         from training.evaluation.suite import EvaluationError, Suite
     except ImportError as error:
@@ -105,6 +106,7 @@ def evaluate(
         )
         if save_threshold:
             run.save_threshold(path, figures["thresholds"]["kl_matched"])
+            print(f"{path}: sha256 {sha256(path)}, with the threshold")  # another than before
     except (BackendError, CheckpointError, EvaluationError, OSError, ValueError) as error:
         raise UserError(str(error)) from error
     print((folder / "figures.md").read_text())

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -80,8 +81,11 @@ def train(
         chosen = RunConfig.load(config, [*(QUICK if quick else ()), *(overrides or [])])
         fabric = launch(chosen.optim.precision, accelerator, devices, nodes, strategy)
         log_from_first(fabric)
+        if quick:  # a share for each process
+            least = -(-chosen.optim.batch_size // fabric.world_size) * fabric.world_size
+            chosen = replace(chosen, optim=replace(chosen.optim, batch_size=least))
         trainer = Trainer(chosen, data, out, fabric, workers)
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, ModuleNotFoundError, yaml.YAMLError) as error:
         raise UserError(str(error)) from error
     trainer.run()
     if fabric.is_global_zero:

@@ -53,7 +53,7 @@ def _candidates(low: float, high: float) -> FloatArray:
 THRESHOLDS = {
     "kl_matched": _candidates(0.01, 100),  # nats, the predictor's influence
     "kl_variational": _candidates(0.01, 100),  # nats, see variational_kl
-    "median_flow": _candidates(0.001, 0.3),  # image sides, length of the flow that is published,
+    "median_flow": _candidates(0.0001, 0.3),  # image sides, length of the flow that is published,
     "mean_flow": _candidates(0.001, 0.3),  # and of the mixture's mean
 }
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
@@ -16,6 +17,8 @@ from sim.dataset import StoredSample
 from training.data import Shards
 from training.evaluation.suite import Suite
 from training.tracks import STILL, TrackShards
+
+log = logging.getLogger("training")
 
 MIN_MOVING = 12  # points; scenes with a smaller true moving part are not asked about
 MIN_POKE = 0.01  # image sides; scenes whose largest true motion is smaller are not
@@ -127,10 +130,13 @@ def _tracked(shards: TrackShards, suite: Suite, seed: int) -> Iterator[Scene]:
         size = (image.shape[0], image.shape[1])
         end = len(clip) - 1 if suite.horizon_frames is None else suite.horizon_frames
         if not 0 < end < len(clip):
-            raise ValueError(
-                f"a clip of {clip.source} has {len(clip)} frames, expected more than the suite's "
-                f"horizon_frames = {suite.horizon_frames}"
+            log.warning(
+                "a clip of %s is left out: it has %d frames, expected more than horizon_frames = %s",
+                clip.source,
+                len(clip),
+                suite.horizon_frames,
             )
+            continue
         motion = clip.motion(0, end, size)
         flow = motion.flow[motion.known]
         moving = np.linalg.norm(flow, axis=-1) >= STILL

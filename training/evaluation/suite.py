@@ -39,7 +39,10 @@ class Suite:
 
     def __post_init__(self) -> None:
         for name in ("splits", "pokes"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+            value = getattr(self, name)
+            if not isinstance(value, list | tuple):  # YAML's are lists
+                raise EvaluationError(f"{name} must be a list, received {value!r}")
+            object.__setattr__(self, name, tuple(value))
         if not self.splits:
             raise EvaluationError(f"a suite must have splits, received {self.splits}")
         if self.intervals_over not in INTERVALS_OVER:
@@ -48,9 +51,15 @@ class Suite:
             )
         if self.pokes[:1] != (1,) or list(self.pokes) != sorted(set(self.pokes)):
             raise EvaluationError(f"pokes must begin with 1 and grow, received {self.pokes}")
-        for name in ("validation_scenes", "scenes", "grid"):
-            if getattr(self, name) < 1:
-                raise EvaluationError(f"{name} must be >= 1, received {getattr(self, name)}")
+        whole = ["validation_scenes", "scenes", "grid"]
+        if self.horizon_frames is not None:
+            whole.append("horizon_frames")
+        for name in whole:
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise EvaluationError(f"{name} must be a whole number >= 1, received {value!r}")
+        if not isinstance(self.tracking_noise, int | float) or self.tracking_noise < 0:
+            raise EvaluationError(f"tracking_noise must be >= 0, received {self.tracking_noise!r}")
 
     @classmethod
     def load(cls, name: str) -> Suite:
