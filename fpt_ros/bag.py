@@ -93,12 +93,14 @@ class Report:
             "queries" (refused, as the node refuses them), "standing" (they do not fit an image),
             "depth" (an image has none, or unusable one, and was answered without).
         first: what was wrong at the first of each kind.
+        camera_info: why the markers are made without it; empty if they are not.
     """
 
     images: int = 0
     written: Counter[str] = field(default_factory=Counter)
     errors: dict[str, int] = field(default_factory=dict)
     first: dict[str, str] = field(default_factory=dict)
+    camera_info: str = ""
 
 
 @contextmanager
@@ -276,7 +278,7 @@ def process_bag(
         predictor.config,
         lambda: parameters["marker_lifetime_s"],
         monitor.stage,
-        lambda problem: monitor.error("camera_info", problem),
+        lambda problem: setattr(report, "camera_info", problem),
     )
     table = messages.table | (SceneOutputs().table if inputs.get("depth") else {})
     names = list(table) if outputs is None else list(outputs)

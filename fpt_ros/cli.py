@@ -42,12 +42,14 @@ app.command()(view)
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line. Exits with 0, or with 2 and one line for a user's mistake."""
     keep_freed_memory()
-    signal.signal(signal.SIGTERM, _end)
+    before = signal.signal(signal.SIGTERM, _end)
     try:
         app(arguments, prog_name="fpt")
     except UserError as error:
         print(f"fpt: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _end(number: int, _: object) -> NoReturn:

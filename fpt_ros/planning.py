@@ -231,7 +231,9 @@ def plan(goal: Goal, size: Size, search: Search, depth: Depth | None = None) -> 
     pokes = space.pokes(cells.xy[at], flow)
     hidden = space.goes_behind(pokes, cells, part)
     if hidden.all():
-        raise RequestError(f"all of {len(pokes)} pokes would go behind something nearer")
+        raise RequestError(
+            f"all of {len(pokes)} pokes would go behind the camera or something nearer"
+        )
     at, flow, pokes = at[~hidden], flow[~hidden], pokes[~hidden]
 
     crowd = cells.xy[rng.permutation(np.flatnonzero(part))[: search.part_points]]

@@ -139,22 +139,21 @@ class PokePlanner(Node):
                 raise RequestError("received no fpt/info yet, which says what the model can do")
             depth = self._depth(request, header, size)
             chosen = await self._follow(self._steps(request, size, depth), header)
+            chosen = chosen.first(request.count or self._value("max_count"))
+            response.header, response.pokes = header, ranked_pokes(chosen)
+            if self._markers.get_subscription_count():
+                self._mark(chosen, header, size, depth, np.array([request.x, request.y]))
+            if request.publish:
+                # as the goal was meant: for the image it names, or for the newest and all after it
+                self._pokes.publish(pokes_to_msg(chosen.first(1).pokes, request.header))
+            response.success = True
         except RequestError as error:
             self.get_logger().warning(str(error))
             response.message = str(error)
-            return response
         except Exception as error:  # a defect: the next plan may do
             response.message = f"internal error, {type(error).__name__}: {error}"
             self.get_logger().error(response.message)
             self.get_logger().debug(traceback.format_exc())
-            return response
-        chosen = chosen.first(request.count or self._value("max_count"))
-        response.success, response.header, response.pokes = True, header, ranked_pokes(chosen)
-        if self._markers.get_subscription_count():
-            self._mark(chosen, header, size, depth, np.array([request.x, request.y]))
-        if request.publish:
-            # as the goal was meant: for the image it names, or for the newest and all after it
-            self._pokes.publish(pokes_to_msg(chosen.first(1).pokes, request.header))
         return response
 
     async def _look(self, request: PlanPoke.Request) -> tuple[Header, Size]:

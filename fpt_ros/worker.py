@@ -196,8 +196,10 @@ class Worker:
                 held = newest if request.stands else self._find(request)
                 if request.stands:
                     self._accept(request, self._standing, held)
-                    if held is not None:  # it follows what was sent for this image alone
+                    # it follows what was sent for this image alone, or one that is still to come
+                    if held is not None:
                         setattr(held.named, request.kind, None)
+                    self._waiting = [r for r in self._waiting if r.kind != request.kind]
                     due = True
                 elif held is None:
                     self._wait(request)

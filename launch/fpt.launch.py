@@ -39,8 +39,9 @@ def nodes(context: LaunchContext) -> list[Node]:
         "namespace": LaunchConfiguration("namespace"),
         "output": "screen",
         "emulate_tty": True,
-        "on_exit": Shutdown(reason="a node ended"),  # whoever starts both again need not guess
     }
+    if LaunchConfiguration("required").perform(context) == "true":
+        common["on_exit"] = Shutdown(reason="a node ended")
     camera = [(name, LaunchConfiguration(name)) for name in ("camera_info", "depth")]
     return [
         Node(
@@ -94,6 +95,12 @@ def generate_launch_description() -> LaunchDescription:
                 default_value="false",
                 choices=["true", "false"],
                 description="Start the poke planner too, which answers what to poke.",
+            ),
+            DeclareLaunchArgument(
+                "required",
+                default_value="false",
+                choices=["true", "false"],
+                description="End all that was launched, this file and others, when a node ends.",
             ),
             *(
                 DeclareLaunchArgument(

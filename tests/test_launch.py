@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import os
+import re
 import runpy
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -249,3 +252,23 @@ def test_fpt_launch_takes_namespace_topic_and_parameters(tmp_path: Path) -> None
         process.wait_for("subscribed to /cam/image_raw, /left/pokes, /left/queries", 120.0)
         assert "model fpt-test (MIT, 0.5 s ahead) on torch, cpu, fp32" in process.output
         end(process)
+
+
+@needs_ros2
+def test_with_required_the_launch_ends_with_any_node(tmp_path: Path) -> None:
+    """So that whoever started it, systemd say, starts both again."""
+    model = save_small_model(tmp_path / "fpt-test.safetensors")
+    domain, claim = claim_domain_id()
+    process = launch(
+        domain, "fpt.launch.py", f"model:={model}", "planner:=true", "required:=true"
+    )  # fmt: skip
+    with claim, process:
+        process.wait_for("planning with /fpt/evaluate_pokes", 120.0)
+        process.wait_for("subscribed to /image", 120.0)
+        started = re.search(
+            r"poke_planner-\d+\]: process started with pid \[(\d+)\]", process.output
+        )
+        assert started is not None, process.output
+        os.kill(int(started[1]), signal.SIGKILL)
+        process.process.wait(90.0)
+        process.wait_for("a node ended")

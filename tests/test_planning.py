@@ -250,7 +250,9 @@ def test_no_poke_goes_behind_what_is_in_front_of_it() -> None:
     assert ((free.pokes.xy + free.pokes.flow)[free.pokes.xy[:, 0] < 89, 0] > 90).any()
     metres[:] = np.where(on_part(np.stack(np.mgrid[:100, :200][::-1], -1)), NEAR_M, 1.0)
     only = Search(kl_threshold=1.0, cells=(20, 40), positions=1, min_length=60)
-    with pytest.raises(RequestError, match=r"all of \d+ pokes would go behind something nearer"):
+    with pytest.raises(
+        RequestError, match=r"all of \d+ pokes would go behind the camera or something nearer"
+    ):
         follow(plan(goal, SIZE, only, Depth(metres, CAMERA)), drawer)
 
 

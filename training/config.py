@@ -7,6 +7,7 @@ import dataclasses
 import math
 import os
 import re
+import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -102,8 +103,10 @@ class DataConfig:
             _check_between(name, getattr(self, name))
         for name in ("target_noise", "poke_noise"):
             _check_between(name, getattr(self, name), math.inf)
-        if self.near_futures is not None and not 0 < self.near_futures < math.inf:
-            raise ValueError(f"near_futures must be > 0, received {self.near_futures}")
+        if self.near_futures is not None:
+            _check_between("near_futures", self.near_futures, sys.float_info.max)
+            if not self.near_futures:
+                raise ValueError(f"near_futures must be > 0, received {self.near_futures}")
 
     def without_augmentation(self) -> DataConfig:
         """The same pokes and queries on whole, clean images with true motions, for validation."""
@@ -179,7 +182,7 @@ class OptimConfig:
         _check_between("segment_weight", self.segment_weight, math.inf)
         for name in ("outlier_share", "ema_decay"):
             _check_between(name, getattr(self, name))
-        if not self.gradient_clip > 0:
+        if not isinstance(self.gradient_clip, int | float) or not self.gradient_clip > 0:
             raise ValueError(f"gradient_clip must be > 0, received {self.gradient_clip!r}")
         if self.pretrained_encoder and self.start_from:
             raise ValueError(

@@ -362,8 +362,8 @@ def choose_futures(
     """Of the futures of an image, of which ``static [F]`` have a still camera, those to show.
 
     They are drawn by the positive ``weights [F]``, None: all alike. No future is shown twice unless
-    there are too few, so that of several the near ones are more than in proportion. How often the
-    camera moves does not depend on the weights.
+    there are too few of its kind, so that of several the near ones are more than in proportion. How
+    often the camera moves does not depend on the weights.
     """
     count, share = config.futures_per_image, config.moving_camera
     if share is None or static.all() or not static.any():

@@ -8,6 +8,7 @@ checkpoint, goes on from it: model, moving average, optimiser, position in the d
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import json
@@ -292,8 +293,14 @@ class Trainer:
             )
         self.learner.load_state_dict(state["learner"])
         self.average.load_state_dict(state["average"])
-        for optimiser, its in zip(self.optimisers, state["optimisers"], strict=True):
-            optimiser.load_state_dict(its)
+        try:
+            for optimiser, its in zip(self.optimisers, state["optimisers"], strict=True):
+                optimiser.load_state_dict(its)
+        except ValueError as error:
+            raise ValueError(
+                f"{self.checkpoint} is of a version that grouped the parameters otherwise: begin "
+                f"another run by optim.start_from ({error})"
+            ) from error
         self.step, self.cpu_seconds = state["step"], state["cpu_seconds"]
         log.info("resumed %s at step %d", self.checkpoint, self.step)
 
@@ -422,10 +429,16 @@ class Trainer:
             file.write(json.dumps(line) + "\n")
 
     def _keep_records_until(self, step: int) -> None:
-        if self.records.is_file():
-            lines = self.records.read_text().splitlines(keepends=True)
-            kept = [line for line in lines if json.loads(line)["step"] <= step]
-            self.records.write_text("".join(kept))
+        if not self.records.is_file():
+            return
+        kept = []
+        for line in self.records.read_text().splitlines(keepends=True):
+            with contextlib.suppress(json.JSONDecodeError):  # cut off as the run was
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
+        partial = self.records.with_suffix(".partial")
+        partial.write_text("".join(kept))
+        partial.replace(self.records)
 
 
 def log_from_first(fabric: Fabric) -> None:

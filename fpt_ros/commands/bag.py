@@ -168,3 +168,5 @@ def _print(report: Report, out: Path) -> None:
         print(f"{topic}: {count} messages")
     for kind, count in report.errors.items():
         print(f"refused, {kind}: {count}; the first: {report.first[kind]}")
+    if report.camera_info:
+        print(f"camera_info is not used: {report.camera_info}")

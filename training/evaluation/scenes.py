@@ -131,10 +131,10 @@ def _tracked(shards: TrackShards, suite: Suite, seed: int) -> Iterator[Scene]:
         end = len(clip) - 1 if suite.horizon_frames is None else suite.horizon_frames
         if not 0 < end < len(clip):
             log.warning(
-                "a clip of %s is left out: it has %d frames, expected more than horizon_frames = %s",
+                "a clip of %s is left out: it has %d frames, expected more than %d",
                 clip.source,
                 len(clip),
-                suite.horizon_frames,
+                suite.horizon_frames or 1,
             )
             continue
         motion = clip.motion(0, end, size)
