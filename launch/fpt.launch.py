@@ -41,7 +41,7 @@ def nodes(context: LaunchContext) -> list[Node]:
         "emulate_tty": True,
     }
     if LaunchConfiguration("required").perform(context) == "true":
-        common["on_exit"] = Shutdown(reason="a node ended")
+        common["on_exit"] = Shutdown()
     camera = [(name, LaunchConfiguration(name)) for name in ("camera_info", "depth")]
     return [
         Node(

@@ -271,4 +271,4 @@ def test_with_required_the_launch_ends_with_any_node(tmp_path: Path) -> None:
         assert started is not None, process.output
         os.kill(int(started[1]), signal.SIGKILL)
         process.process.wait(90.0)
-        process.wait_for("a node ended")
+        process.wait_for("was required: shutting down launched system")
