@@ -117,7 +117,9 @@ def test_unit_starts_the_launch_file_and_stops_it_gently() -> None:
     service = unit["Service"]
     shell, option, script = shlex.split(service["ExecStart"])
     assert (shell, option) == ("/bin/bash", "-c")
-    assert "ros2 launch --noninteractive fpt_ros fpt.launch.py $FPT_ARGUMENTS" in script
+    assert (
+        "ros2 launch --noninteractive fpt_ros fpt.launch.py required:=true $FPT_ARGUMENTS" in script
+    )
     assert subprocess.run([shell, "-n", option, script]).returncode == 0
     assert (service["KillSignal"], service["KillMode"]) == ("SIGINT", "mixed")
     assert service["Restart"] == "always"

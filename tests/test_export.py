@@ -399,7 +399,7 @@ def test_wrong_arguments_are_named(
 
 
 def test_a_precision_that_was_not_exported(small: Exported) -> None:
-    with pytest.raises(BackendError, match=r"has no int8 graphs, only fp32; fpt export --prec"):
+    with pytest.raises(BackendError, match=r"has no int8 graphs, only fp32; export again with all"):
         small.predictor("int8")
 
 

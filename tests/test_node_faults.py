@@ -58,7 +58,7 @@ def test_a_camera_that_vanishes_is_reported_and_one_that_returns_answered(user: 
     with Client(user.domain, "camera") as camera:
         camera.advertise(Image, "/image", 1)
     user.client.next(
-        "/diagnostics", lambda m: m.status[0].message.startswith("no image received"), 30.0
+        "/diagnostics", lambda m: m.status[0].message.startswith("no image for "), 30.0
     )
     with Client(user.domain, "camera") as camera:
         camera.advertise(Image, "/image", 1)

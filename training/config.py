@@ -171,10 +171,6 @@ class OptimConfig:
             _check_whole(name, getattr(self, name), 1)
         for name in ("warmup_steps", "frozen_encoder_stages"):
             _check_whole(name, getattr(self, name), 0)
-        if self.warmup_steps > self.steps:
-            raise ValueError(
-                f"warmup_steps must be <= steps, received {self.warmup_steps} and {self.steps}"
-            )
         if self.decay_steps is not None:
             _check_whole("decay_steps", self.decay_steps, 0)
         for name in ("learning_rate", "encoder_learning_rate", "weight_decay", "energy_weight"):

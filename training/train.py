@@ -45,9 +45,10 @@ LOSSES = ("nll", "energy", "segments")
 
 def learning_rate_factor(step: int, optim: OptimConfig) -> float:
     """Linear warm-up, then the peak, then in the last ``decay_steps`` a cosine to 1 % of it."""
-    if step < optim.warmup_steps:
-        return (step + 1) / optim.warmup_steps
-    decay = optim.steps - optim.warmup_steps
+    warmup = min(optim.warmup_steps, optim.steps)  # of a short trial
+    if step < warmup:
+        return (step + 1) / warmup
+    decay = optim.steps - warmup
     if optim.decay_steps is not None:
         decay = min(decay, optim.decay_steps)
     progress = 1 - (optim.steps - step) / max(1, decay)

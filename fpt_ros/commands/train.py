@@ -30,7 +30,7 @@ def train(
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="SECTION.KEY=VALUE", help="Such as optim.batch_size=16.", show_default=False
+            metavar="SECTION.KEY=VALUE", help="Such as optim.steps=100.", show_default=False
         ),
     ] = None,
     quick: Annotated[
