@@ -93,19 +93,16 @@ def configuration(base: Path, variant: Variant, steps: int, overrides: Sequence[
     return RunConfig.load(base, [*schedule, *overrides, *variant.overrides])
 
 
-def run_variant(config: RunConfig, evaluation: Evaluation, data: Path, out: Path) -> dict[str, Any]:
+def run_variant(
+    config: RunConfig, evaluation: Evaluation, data: Path, origin: dict[str, Any], out: Path
+) -> dict[str, Any]:
     """Train (or go on), evaluate; the figures of `COLUMNS` and the commit that they were made by.
 
-    They are kept in ``out/figures.json`` and taken from there if run, data and scenes are the same.
+    They are kept in ``out/figures.json`` and taken from there if run, scenes and the ``origin`` of
+    the data are the same.
     """
     kept = out / "figures.json"
-    shards = open_shards(data, "train")
-    made_by = {
-        "config": config.to_dict(),
-        "scenes": evaluation.suite.scenes,
-        "images": len(shards),
-        "generator": getattr(shards, "generator", None),
-    }
+    made_by = {"config": config.to_dict(), "scenes": evaluation.suite.scenes, **origin}
     if kept.is_file():
         before = json.loads(kept.read_text())
         if before["made by"] == json.loads(json.dumps(made_by)):
@@ -193,11 +190,11 @@ def main(argv: list[str] | None = None) -> None:
     # the same pokes for all variants, and whichever of them are named
     evaluation = Evaluation(suite.quick() if args.quick else suite, args.data, seed=0)
     shards = open_shards(args.data, "train")
+    origin = {"images": len(shards), "generator": getattr(shards, "generator", None)}
     results: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",
-        "images": len(shards),
-        "generator": getattr(shards, "generator", None),
+        **origin,
         "config": args.config.name,
         "overrides": overrides,
         "steps": steps,
@@ -207,7 +204,7 @@ def main(argv: list[str] | None = None) -> None:
     }
     for variant, config in zip(variants, configs, strict=True):
         out = args.out / variant.folder
-        figures = run_variant(config, evaluation, args.data, out)
+        figures = run_variant(config, evaluation, args.data, origin, out)
         results["rows"].append({**asdict(variant), **figures})
         args.table.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
         args.table.write_text(markdown(results))

@@ -86,30 +86,28 @@ class View:
         """
         flow = displacement_pixels_to_normalised(pokes.flow, self.size)
         if dims == 3:
-            relative = np.where(pokes.dz == 0, 0.0, pokes.dz / self._depth_at(pokes.xy))
-            relative[self._through_camera(pokes)] = np.nan
+            depth = self._depth_at(pokes.xy)
+            relative = np.where(pokes.dz == 0, 0.0, pokes.dz / depth)
+            relative[pokes.pass_camera(depth)] = np.nan
             flow = np.column_stack([flow, relative])
         return pixels_to_normalised(pokes.xy, self.size), flow
 
     def check_depth(self, pokes: Pokes) -> None:
         """RequestError for a poke in depth (``dz`` neither NaN nor 0) where there is no depth, or
         that would end behind the camera."""
-        lost = np.isfinite(pokes.dz) & (pokes.dz != 0) & np.isnan(self._depth_at(pokes.xy))
+        depth = self._depth_at(pokes.xy)
+        lost = np.isfinite(pokes.dz) & (pokes.dz != 0) & np.isnan(depth)
         for i in np.flatnonzero(lost)[:1]:
             x, y = pokes.xy[i]
             raise RequestError(
                 f"poke {i} of {len(pokes)} has dz={pokes.dz[i]:g} m, but no depth is known at "
                 f"x={x:g}, y={y:g} px; expected dz NaN (unknown) or 0"
             )
-        for i in np.flatnonzero(self._through_camera(pokes))[:1]:
-            depth = self._depth_at(pokes.xy)[i]
+        for i in np.flatnonzero(pokes.pass_camera(depth))[:1]:
             raise RequestError(
-                f"poke {i} of {len(pokes)} has dz={pokes.dz[i]:g} m at a depth of {depth:g} m; "
+                f"poke {i} of {len(pokes)} has dz={pokes.dz[i]:g} m at a depth of {depth[i]:g} m; "
                 "expected more than minus the depth: nothing passes the camera"
             )
-
-    def _through_camera(self, pokes: Pokes) -> NDArray[np.bool_]:
-        return pokes.dz <= -self._depth_at(pokes.xy)
 
     def _depth_at(self, xy: NDArray[np.float64]) -> NDArray[np.float64]:
         return np.full(len(xy), np.nan) if self.depth is None else self.depth.at(xy)

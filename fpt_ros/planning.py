@@ -398,9 +398,8 @@ class _Space:
             return np.zeros(len(pokes), bool)
         camera, z = self._depth.intrinsics, self._depth.at(pokes.xy)
         start = camera.unproject(pokes.xy, z)
-        z_end = z + np.nan_to_num(pokes.dz)
-        end = camera.unproject(pokes.xy + pokes.flow, z_end)
-        hidden = z_end <= 0
+        end = camera.unproject(pokes.xy + pokes.flow, z + np.nan_to_num(pokes.dz))
+        hidden = pokes.pass_camera(z)
         for share in np.arange(1, _ON_THE_WAY + 1) / _ON_THE_WAY:
             point = start + share * (end - start)
             at = camera.project(point)  # NaN behind the camera

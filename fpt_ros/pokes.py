@@ -42,6 +42,10 @@ class Pokes:
     def __getitem__(self, index: slice | NDArray[np.generic]) -> Pokes:
         return Pokes(self.xy[index], self.flow[index], self.dz[index])
 
+    def pass_camera(self, depth: NDArray[np.float64]) -> NDArray[np.bool_]:
+        """Which ``[P]`` would end behind the camera, from ``depth [P]`` in m; none from NaN."""
+        return self.dz <= -depth
+
 
 def check_inside(what: str, xy: NDArray[np.float64], size: Size) -> None:
     """Refuse positions ``xy [N, 2]`` in px that lie outside an image of ``size``.

@@ -7,7 +7,6 @@ import dataclasses
 import math
 import os
 import re
-import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -95,18 +94,17 @@ class DataConfig:
             _check_whole(name, getattr(self, name), least)
         if self.moving_camera is not None:
             _check_between("moving_camera", self.moving_camera)
-        for name in ("hide_static_flag", "planar_pokes", "informed", "poke_on_moving", "flip"):
-            _check_between(name, getattr(self, name))
-        for name in ("first_poke_largest", "query_on_bodies", "quarter_turn", "colour", "light"):
-            _check_between(name, getattr(self, name))
-        for name in ("min_crop", "blur", "downscale", "noise", "jpeg"):
+        for name in (
+            *("hide_static_flag", "planar_pokes", "informed", "poke_on_moving"),
+            *("first_poke_largest", "query_on_bodies", "min_crop", "flip", "quarter_turn"),
+            *("colour", "light", "blur", "downscale", "noise", "jpeg"),
+        ):
             _check_between(name, getattr(self, name))
         for name in ("target_noise", "poke_noise"):
             _check_between(name, getattr(self, name), math.inf)
-        if self.near_futures is not None:
-            _check_between("near_futures", self.near_futures, sys.float_info.max)
-            if not self.near_futures:
-                raise ValueError(f"near_futures must be > 0, received {self.near_futures}")
+        near = self.near_futures
+        if near is not None and not (isinstance(near, int | float) and 0 < near < math.inf):
+            raise ValueError(f"near_futures must be > 0, received {near!r}")
 
     def without_augmentation(self) -> DataConfig:
         """The same pokes and queries on whole, clean images with true motions, for validation."""

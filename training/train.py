@@ -16,7 +16,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -229,6 +229,8 @@ class Trainer:
         self.cpu_seconds = 0.0
         self._share()  # raises for a batch that cannot be split
         self.train_shards = open_shards(data, "train")
+        # once: a shard that is gone when a checkpoint is due must not cost the checkpoint
+        self._data_digest = _digest(self.train_shards.files)
         self.validation = Validation(open_shards(data, "val"), config, self.fabric)
         if self.checkpoint.is_file():
             self._resume()
@@ -273,7 +275,7 @@ class Trainer:
             "optimisers": [o.state_dict() for o in self.optimisers],
             "step": self.step,
             "images": len(self.train_shards),
-            "data": self._data_digest(),
+            "data": self._data_digest,
             "cpu_seconds": self.cpu_seconds,
         }
 
@@ -286,10 +288,10 @@ class Trainer:
                 f"the run was started with {before} training images, received {images}: give the "
                 "same data, or begin another run by optim.start_from"
             )
-        if (before := state.get("data", self._data_digest())) != self._data_digest():
+        if (before := state.get("data", self._data_digest)) != self._data_digest:
             raise ValueError(
                 f"the run was started with other training data of as many images ({before[:12]}, "
-                f"received {self._data_digest()[:12]}, by names and sizes of the shards): give "
+                f"received {self._data_digest[:12]}, by names and sizes of the shards): give "
                 "the same, or begin another run by optim.start_from"
             )
         self.learner.load_state_dict(state["learner"])
@@ -304,11 +306,6 @@ class Trainer:
             ) from error
         self.step, self.cpu_seconds = state["step"], state["cpu_seconds"]
         log.info("resumed %s at step %d", self.checkpoint, self.step)
-
-    def _data_digest(self) -> str:
-        """Of the training shards' names and sizes: their contents would take long to read."""
-        files = [(file.name, file.stat().st_size) for file in self.train_shards.files]
-        return hashlib.sha256(json.dumps(files).encode()).hexdigest()
 
     def save(self) -> None:
         """Write the checkpoint and the moving average as a model file, each atomically."""
@@ -446,6 +443,12 @@ def log_from_first(fabric: Fabric) -> None:
     """Have the first process alone tell what is going on; warnings come from all."""
     level = logging.INFO if fabric.is_global_zero else logging.WARNING
     logging.basicConfig(level=level, format="%(message)s")
+
+
+def _digest(files: Sequence[Path]) -> str:
+    """Of files' names and sizes: their contents would take long to read."""
+    listed = [(file.name, file.stat().st_size) for file in files]
+    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
 
 
 def _cpu_seconds() -> float:
