@@ -44,10 +44,8 @@ def occluded(
     z_after = z * np.maximum(1 + m[..., 2], MIN_RATIO)
     known = np.isfinite(z_after) & np.isfinite(u) & np.isfinite(v)
     # of each patch how its place and depth change from a pixel to the next
-    (u_x, u_y), (v_x, v_y), (z_x, z_y) = (
-        _derivatives(np.where(known, a, np.nan)) for a in (u, v, z_after)
-    )
-    turned_away = u_x * v_y < u_y * v_x  # its image is mirrored: one would see its back
+    of_u, of_v, (z_x, z_y) = (_derivatives(np.where(known, a, np.nan)) for a in (u, v, z_after))
+    (u_x, u_y), (v_x, v_y) = of_u, of_v
     slope = np.abs(z_x) + np.abs(z_y)
     # half its bounding box
     reach_u, reach_v = (
@@ -76,12 +74,31 @@ def occluded(
     # a slanted surface's own neighbours are nearer, too, by less than it changes across two pixels
     hidden = np.zeros((height, width), bool)
     hidden[known] = inside & (
-        (buffer[cell] < z_after * (1 - tolerance) - 2 * slope) | turned_away[known]
+        (buffer[cell] < z_after * (1 - tolerance) - 2 * slope) | _mirrored(of_u, of_v)[known]
     )
     return hidden
 
 
-def _derivatives(field: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def turned_away(u: NDArray[np.floating], v: NDArray[np.floating]) -> NDArray[np.bool_]:
+    """``[H, W]``: of which patches one would see the back, by where each pixel goes.
+
+    ``u, v [H, W]``, px: a patch whose image is mirrored has turned its back. Beside something
+    nearer of its own thickness, such as a leaf of a door, depths would not tell.
+    """
+    return _mirrored(
+        _derivatives(np.asarray(u, np.float64)), _derivatives(np.asarray(v, np.float64))
+    )
+
+
+_Derivatives = tuple[NDArray[np.float64], NDArray[np.float64]]  # by x, by y
+
+
+def _mirrored(u: _Derivatives, v: _Derivatives) -> NDArray[np.bool_]:
+    out: NDArray[np.bool_] = u[0] * v[1] < u[1] * v[0]
+    return out
+
+
+def _derivatives(field: NDArray[np.float64]) -> _Derivatives:
     """``[H, W]`` each, by x and by y: to the side where the field changes less.
 
     So the edge of a surface, where one side is another surface, does not count. NaN is no side;

@@ -172,13 +172,19 @@ def motion_in_space(point: Array, motion: Array, dz: float, depth: Depth) -> Arr
     """``[3]`` px: a motion ``[2]`` in px, and ``dz`` m away from the camera, of a ``point [2]``.
 
     Raises:
-        RequestError: no depth is known there.
+        RequestError: no depth is known there, or the point would go behind the camera.
     """
     scale = _px_per_metre(point, depth)
     if np.isnan(scale):
         raise RequestError(
             f"a goal in space needs the depth of its point, but none is known at x={point[0]:g}, "
             f"y={point[1]:g} px"
+        )
+    z = float(depth.at(point[None])[0])
+    if dz <= -z:
+        raise RequestError(
+            f"a goal in space must stay before the camera: its point is {z:.3g} m away, and dz is "
+            f"{dz:g} m"
         )
     return np.append(motion, dz * scale)
 
@@ -319,7 +325,8 @@ def explore(size: Size, search: Search, tolerance: float, keep_out: Array | None
     longest = np.argmax(np.linalg.norm(outcomes, axis=-1), 0)
     slow = np.linalg.norm(flow, axis=-1) <= tolerance
     flow[slow] = outcomes[longest, np.arange(len(places))][slow]
-    _, flow = _limit(places, flow, search)
+    rows, flow = _limit(np.arange(len(places)), flow, search)
+    places, information = places[rows], information[rows]
     zero = np.zeros(len(places))
     return Plan(
         pokes=Pokes(cells.xy[places], flow),

@@ -60,8 +60,8 @@ PARAMETERS = (
     Spec("max_count", 16, "Pokes in the response to a request that names no count.", 1, 1000),
     Spec("positions", Search.positions, "Places to poke that are tried; exploring tries half.",
          2, 1000),
-    Spec("motions", Search.motions, "Motions that are tried at each place; in turn the goal's, "
-         "the expected ones, and drawn ones.", 1, 100),
+    Spec("motions", Search.motions, "Motions that are tried at each place; first the goal's, "
+         "if it has one, and the expected ones, the rest drawn.", 1, 100),
     Spec("min_length_px", Search.min_length, "Shorter motions are lengthened to this, px.",
          0.0, 1e5),
     Spec("max_length_px", 0.0, "Longer motions are shortened to this, px; 0: no limit.", 0.0, 1e5),

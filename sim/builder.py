@@ -157,13 +157,12 @@ class Builder:
         axis: Vector,
         limits: tuple[float, float],
         quat: Vector = (1, 0, 0, 0),
-        home: float = 0.0,
         rest: float = 0.5,
     ) -> mujoco.MjsBody:
         """A body sliding along `axis`; limits in the asset's unit."""
         body = self.fixed(parent, pos, quat)
         limits = (limits[0] * self.scale, limits[1] * self.scale)
-        return self._part(body, mujoco.mjtJoint.mjJNT_SLIDE, axis, limits, home * self.scale, rest)
+        return self._part(body, mujoco.mjtJoint.mjJNT_SLIDE, axis, limits, 0.0, rest)
 
     def _part(self, body, kind, axis, limits, home, rest) -> mujoco.MjsBody:
         # The damping holds articulated parts still while pushed free bodies are stepped.

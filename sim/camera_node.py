@@ -64,7 +64,8 @@ class SimCameraNode(Node):
     """See the module's description. All parameters are read once, at start.
 
     Raises:
-        ValueError: for an unknown kind, a scene in which nothing visible can move, or no OpenGL.
+        ValueError: for an unknown kind, a scene in which nothing visible can move, or OpenGL that
+            is missing or cannot draw images so large.
     """
 
     def __init__(self) -> None:
@@ -74,13 +75,13 @@ class SimCameraNode(Node):
         size = (self._value("height"), self._value("width"))
         try:
             make_contexts()  # without OpenGL importing MuJoCo may fail, and not say what is missing
+            # loads MuJoCo and an OpenGL library
+            from sim.simulator import HORIZON_S, Simulator
+
+            simulator = Simulator(self._value("kind"), self._value("seed"), size)
+            frame = simulator.render()
         except RuntimeError as error:
             raise ValueError(str(error)) from error
-        # loads MuJoCo and an OpenGL library
-        from sim.simulator import HORIZON_S, Simulator
-
-        simulator = Simulator(self._value("kind"), self._value("seed"), size)
-        frame = simulator.render()
         future, truth = _moving_future(simulator, frame, self._value("future_seed"))
 
         self._present = _camera_messages(frame)

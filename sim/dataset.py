@@ -4,9 +4,10 @@
     python -m sim.dataset --out DIR --split train --images 60000 --size 128 --workers 2
 
 writes DIR/train-000000.tar ... and DIR/manifest-train.json (checksums, settings). A shard depends
-on the split, its index, the settings and `GENERATOR` alone, so shards may be made by any number of
-workers or jobs (`--shards i:n` makes each n-th one, starting with i); finished ones are kept when
-the command is repeated. The split "foreign" needs `--assets`, see `sim.foreign`.
+on the split, its index, the settings, `GENERATOR` and the renderer alone (foreign ones on the
+packages, too), so shards may be made by any number of workers or jobs (`--shards i:n` makes each
+n-th one, starting with i); finished ones are kept when the command is repeated. The split "foreign"
+needs `--assets`, see `sim.foreign`.
 
 An image's members: rgb.jpg, depth.png (uint16, `depth_scale` metres a step, 0 = none), bodies.png
 (uint8), body_motion.npy [F, n, 4, 4], camera_motion.npy [F, 4, 4] and meta.json. Conventions are
@@ -27,6 +28,7 @@ import sys
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -57,7 +59,7 @@ SEED_STRIDE = 3
 FORMAT = 2
 """Version of the shards' layout, in each manifest."""
 
-GENERATOR = 10
+GENERATOR = 11
 """Raised when worlds or futures of the same seed change: shards of two versions do not mix."""
 
 
@@ -357,11 +359,24 @@ def _recipe(settings: Settings) -> dict[str, Any]:
     return {"generator": GENERATOR, "settings": asdict(settings)}
 
 
+def _read_note(note: Path) -> dict[str, Any]:
+    """What is written beside a shard; ValueError names a damaged one."""
+    try:
+        record = json.loads(note.read_text())
+    except ValueError as error:
+        raise ValueError(
+            f"{note} is damaged: {error}; remove it, and its shard is redone"
+        ) from None
+    if not (isinstance(record, dict) and {"file", "images", "sha256"} <= record.keys()):
+        raise ValueError(f"{note} is no note of a shard; remove it, and its shard is redone")
+    return record
+
+
 def _finished(path: Path, note: Path, settings: Settings) -> bool:
     if not (path.exists() and note.exists()):
         return False
     wanted = _recipe(settings)
-    record = json.loads(note.read_text())
+    record = _read_note(note)
     found = {key: record.get(key) for key in wanted}
     if found != wanted:
         raise ValueError(f"{path} was made with {found}, not {wanted}: choose another --out")
@@ -387,15 +402,15 @@ def write_manifest(out: Path, split: str, shards: int) -> dict[str, Any]:
 def _write_manifest(out: Path, split: str, shards: int) -> dict[str, Any]:
     beside = (tar.with_suffix(".json") for tar in shard_files(out, split))
     notes = [note for note in beside if note.exists()]
-    records = [json.loads(note.read_text()) for note in notes]
+    records = [_read_note(note) for note in notes]
     first = records[0] if records else {}
     recipe = {key: first.get(key) for key in ("generator", "settings")}
-    for record in records:
+    for note, record in zip(notes, records, strict=True):
         for key, value in recipe.items():
-            if record[key] != value:
+            if record.get(key) != value:
                 raise ValueError(
-                    f"{out} mixes shards: {first['file']} has {key} {value}, "
-                    f"{record['file']} has {record[key]}"
+                    f"{out} mixes shards: {notes[0].name} has {key} {value}, {note.name} has "
+                    f"{record.get(key)}"
                 )
     manifest = {
         "format": FORMAT,
@@ -542,7 +557,7 @@ def main() -> None:
         )
         if args.verify:
             verify(args.out, args.split)
-    except (ValueError, OSError, ShardError) as error:
+    except (ValueError, OSError, ShardError, BrokenProcessPool) as error:
         sys.exit(str(error))
     state = "complete" if manifest["complete"] else "not yet complete"
     print(f"{args.out}: {manifest['images']} {args.split} images, {state}")

@@ -140,6 +140,6 @@ def dense_flow(
     )
 
 
-def moving_bodies(body_motion: NDArray[np.floating], tolerance: float = 1e-5) -> NDArray[np.bool_]:
+def moving_bodies(body_motion: NDArray[np.floating]) -> NDArray[np.bool_]:
     """[..., n] bool: which bodies of `body_motion` [..., n, 4, 4] are not at rest."""
-    return np.abs(body_motion - np.eye(4)).max(axis=(-2, -1)) > tolerance
+    return np.abs(body_motion - np.eye(4)).max(axis=(-2, -1)) > 1e-5

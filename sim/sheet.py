@@ -18,7 +18,7 @@ from sim.kinds import HELD_OUT_KINDS, TRAIN_KINDS
 from sim.simulator import Simulator
 
 
-def sheet(kind: str, seeds: range, size: int = 160, columns: int = 2) -> NDArray[np.uint8]:
+def sheet(kind: str, seeds: range, size: int) -> NDArray[np.uint8]:
     """RGB picture of the worlds of `kind` with the given seeds."""
     palette = np.random.default_rng(1).integers(40, 256, (256, 3)).astype(np.uint8)
     palette[0] = 20
@@ -33,9 +33,9 @@ def sheet(kind: str, seeds: range, size: int = 160, columns: int = 2) -> NDArray
         cv2.putText(colours, f"{strongest:.2f}", (2, 12), 0, 0.4, (0, 0, 0))
         row = [frame.rgb, colours, truth.next.rgb, palette[frame.bodies]]
         tiles.append(np.concatenate(row, axis=1))
-    while len(tiles) % columns:
+    if len(tiles) % 2:
         tiles.append(np.zeros_like(tiles[0]))
-    rows = [np.concatenate(tiles[i : i + columns], 1) for i in range(0, len(tiles), columns)]
+    rows = [np.concatenate(pair, 1) for pair in zip(tiles[::2], tiles[1::2], strict=True)]
     return np.concatenate(rows)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fpt_model.geometry import inside_image
+from fpt_model.occlusion import turned_away
 from sim import rendering
 from sim.builder import FreeBody
 from sim.flow import dense_flow, moving_bodies, point_flow
@@ -28,6 +29,7 @@ _OPTICAL = np.diag([1.0, -1.0, -1.0])
 _VISIBLE_SHARE = 0.004  # of the picture: a part below is not chosen to move
 _SUBJECT_SHARE = (0.03, 0.8)  # of the picture, wanted for the main asset's movable parts together
 _FLOW_RANGE = (0.004, 0.8)  # of the strongest flow in a future; others are drawn anew
+_DRAWS = 8  # of a future or a state, until one is acceptable
 _AWAY = 100.0  # metres: beyond what any camera sees; there are bodies that found no place
 _PLACES = 30  # tried on the parts for a free body, and as many before them
 _EVEN = 0.1  # of its radius: by how much a support may be uneven, or it may sink into one
@@ -39,6 +41,10 @@ _HAND_RAMP = 0.7  # of the horizon: the hand's way; for the rest it holds
 _LED_DAMPING = 5.0  # 1/s, at which a joint that a hand leads loses its speed
 _HAND_RANK = 1e-2  # of the easier direction's mobility: less is a direction that a joint forbids
 _OCCLUSION_TOLERANCE = 0.01  # relative depth difference that still counts as the same surface
+
+
+class UnstableError(RuntimeError):
+    """MuJoCo's solver diverged; what follows from such a state means nothing."""
 
 
 @dataclass(frozen=True)
@@ -155,11 +161,6 @@ class Simulator:
         """Whether any body can be pushed or carried off; foreign worlds have none."""
         return bool(self._world.free_bodies)
 
-    @property
-    def number_of_bodies(self) -> int:
-        """Length of `Future.body_motion`."""
-        return int(self.model.nbody)
-
     def _movable_bodies(self) -> NDArray[np.int64]:
         """[nbody] each body's own id if a joint moves it, 0 if it is static."""
         model = self.model
@@ -193,6 +194,14 @@ class Simulator:
         self._randomize_camera(rng)
 
     def _randomize_state(self, rng: np.random.Generator) -> None:
+        for _ in range(_DRAWS - 1):
+            try:
+                return self._draw_state(rng)
+            except UnstableError:
+                pass  # where bodies were laid they burst apart
+        return self._draw_state(rng)
+
+    def _draw_state(self, rng: np.random.Generator) -> None:
         mujoco.mj_resetData(self.model, self.data)
         closed = rng.random() < 0.4  # everything at rest at once, as one finds furniture
         for i, part in enumerate(self._world.parts):
@@ -224,6 +233,7 @@ class Simulator:
 
         Of what is not free only the joints of the parts `driven` move, in that time to the values
         given, whatever is in the way: what lies on them rides, what stands before them is pushed.
+        Raises UnstableError.
         """
         model, data = self.model, self._scratch
         mujoco.mj_resetData(model, data)
@@ -244,9 +254,11 @@ class Simulator:
                 s = step / steps
                 data.qpos[at] = start + way * s**3 * (10 - 15 * s + 6 * s**2)
                 data.qvel[dofs] = way * 30 * (s * (1 - s)) ** 2 / duration
+                self._hold(data)
                 mujoco.mj_step(model, data)
         finally:
             model.dof_damping[:] = resting_damping
+        _check_stable(data)
         qpos = data.qpos.copy()
         for i, part in enumerate(self._world.parts):
             if not part.free or part.held:
@@ -254,6 +266,15 @@ class Simulator:
                 qpos[here] = self.data.qpos[here]
         qpos[at] = goal
         return qpos
+
+    def _hold(self, data: mujoco.MjData) -> None:
+        """Puts back, in a state that is stepped, what hands hold."""
+        for body in self._world.free_bodies:
+            if body.part.held:
+                joint = body.part.joint.id
+                at, dof = self.model.jnt_qposadr[joint], self.model.jnt_dofadr[joint]
+                data.qpos[at : at + 7] = self.data.qpos[at : at + 7]
+                data.qvel[dof : dof + 6] = 0
 
     def _lift(self, rng: np.random.Generator, body: FreeBody) -> None:
         """Takes a held body up from its support, a little tilted."""
@@ -495,16 +516,19 @@ class Simulator:
         bodies on it ride along, those in its way are pushed.
         """
         camera_motion = np.eye(4)
-        if rng.random() < camera_motion_probability:
-            camera_motion = self._draw_camera_motion(rng)
+        camera_moves = rng.random() < camera_motion_probability
         # Nothing is drawn for 0, so that the futures of the evaluated splits stay what they are.
         wide = wide_probability > 0 and rng.random() < wide_probability
-        for _ in range(8):
-            future = self._draw_future(rng, camera_motion, wide)
+        for _ in range(_DRAWS):
+            if camera_moves:
+                camera_motion = self._draw_camera_motion(rng)
+            try:
+                future = self._draw_future(rng, camera_motion, wide)
+            except UnstableError:
+                continue
             if self._acceptable(future):
-                # Where the camera moves, a hand that held still is acceptable, too.
-                return future if future.moving.any() else self._still(camera_motion)
-        return self._still(camera_motion)
+                return future
+        return self._still(np.eye(4))
 
     def _still(self, camera_motion: NDArray) -> Future:
         motion = np.broadcast_to(np.eye(4, dtype=np.float32), (self.model.nbody, 4, 4)).copy()
@@ -690,6 +714,7 @@ class Simulator:
 
         Raises:
             ValueError: a value that is not finite, or a point outside the picture.
+            UnstableError: see there.
         """
         height, width = self.size
         values = np.array([*xy, *motion], np.float64)
@@ -745,6 +770,7 @@ class Simulator:
             mujoco.mj_forward(model, data)
             model.dof_damping[jointed] = _LED_DAMPING * self._joint_inertia(data)[jointed]
             for step in range(steps):
+                self._hold(data)
                 mujoco.mj_step1(model, data)
                 done = min(1.0, (step + 1) / (_HAND_RAMP * steps))
                 wanted = pixel + done * np.append(motion, 0)
@@ -764,6 +790,7 @@ class Simulator:
                 mujoco.mj_step2(model, data)
         finally:
             model.dof_damping[:] = resting_damping
+        _check_stable(data)
         return data.qpos.copy()
 
     def _joint_inertia(self, data: mujoco.MjData) -> NDArray[np.float64]:
@@ -779,24 +806,32 @@ class Simulator:
         return frame.camera_pose[:3, :3] @ optical + frame.camera_pose[:3, 3]
 
     def _acceptable(self, future: Future) -> bool:
-        """Whether what moves can be seen to move, and stays in reach; looks at some pixels."""
+        """Whether what moves can be seen to move, be the camera as it may, and all stays in reach.
+
+        Looks at all pixels of bodies that move, however small they are, and some of the others.
+        """
         frame = self.render()
         step = max(1, min(self.size) // 20)
-        v, u = np.mgrid[0 : self.size[0] : step, 0 : self.size[1] : step]
-        v, u = v.ravel(), u.ravel()
-        result = point_flow(
-            np.stack([u, v], -1),
-            frame.depth[v, u],
-            frame.bodies[v, u],
-            frame.intrinsics,
-            self.size,
-            frame.camera_pose,
-            future.body_motion,
-            future.camera_motion,
-        )
-        strongest = float(np.abs(result.flow).max(initial=0))
+        looked_at = future.moving[frame.bodies]
+        looked_at[::step, ::step] = True
+        v, u = np.nonzero(looked_at)
+
+        def strongest(camera_motion: NDArray | None) -> float:
+            moved = point_flow(
+                np.stack([u, v], -1),
+                frame.depth[v, u],
+                frame.bodies[v, u],
+                frame.intrinsics,
+                self.size,
+                frame.camera_pose,
+                future.body_motion,
+                camera_motion,
+            )
+            return float(np.abs(moved.flow).max(initial=0))
+
         low, high = _FLOW_RANGE
-        return strongest <= high and (strongest >= low or future.description == STILL)
+        seen = future.description == STILL or strongest(None) >= low
+        return seen and strongest(future.camera_motion) <= high
 
     # Truth ----------------------------------------------------------------------------------
 
@@ -824,6 +859,7 @@ class Simulator:
         hidden = (seen > 0) & (seen < moved.depth * (1 - _OCCLUSION_TOLERANCE))
         hidden |= (following.bodies[at] != frame.bodies) & (moved.depth > 0)
         hidden |= (seen > 0) & (moved.depth == 0)
+        hidden |= turned_away(u + moved.flow[..., 0] * width, v + moved.flow[..., 1] * height)
         return Truth(
             flow=moved.flow,
             scene_flow=moved.scene_flow,
@@ -845,13 +881,14 @@ class Simulator:
             self._set_camera(pose)
             self._frame = frame
 
-    def apply(self, future: Future) -> None:
-        """Makes the state after `future` the present one."""
-        pose = self.camera_pose
-        self._pose(future.qpos)
-        self._set_camera(pose @ future.camera_motion)
-        self._frame = None
-
     def _pose(self, qpos: NDArray[np.float64]) -> None:
         self.data.qpos[:] = qpos
         mujoco.mj_kinematics(self.model, self.data)
+
+
+def _check_stable(data: mujoco.MjData) -> None:
+    """Raises UnstableError after steps in which MuJoCo met values too large, and began anew."""
+    kinds = (mujoco.mjtWarning.mjWARN_BADQPOS, mujoco.mjtWarning.mjWARN_BADQVEL)
+    for kind in (*kinds, mujoco.mjtWarning.mjWARN_BADQACC):
+        if data.warning[kind].number:
+            raise UnstableError(f"the simulation of bodies in contact diverged: {kind.name}")

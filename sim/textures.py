@@ -260,7 +260,7 @@ def cube_faces(
     return faces.reshape(6 * size, size, 3)
 
 
-def sky(rng: np.random.Generator, size: int = 32) -> NDArray[np.uint8]:
+def sky(rng: np.random.Generator, size: int) -> NDArray[np.uint8]:
     """[6 * size, size, 3] faces of a sky box: a vertical gradient of two colours."""
     top, bottom = random_colour(rng), random_colour(rng)
     ramp = np.linspace(0, 1, size)[:, None, None]

@@ -24,7 +24,7 @@ from fpt_model import (
 from fpt_model.depth import DEPTH_FORMATS, Depth, DepthError, Intrinsics
 from fpt_model.geometry import grid
 from fpt_model.lift import DEPTH_STD, lift, lifted_state
-from fpt_model.occlusion import occluded
+from fpt_model.occlusion import occluded, turned_away
 from fpt_model.ply import write_ply
 from fpt_model.scene_flow import (
     displacement,
@@ -252,6 +252,19 @@ def test_nothing_is_hidden_when_nothing_moves_or_all_leaves() -> None:
     assert not occluded(np.full((4, 4), np.nan), np.full((4, 4, 3), np.nan)).any()
     with pytest.raises(ValueError, match="received shapes"):
         occluded(depth, np.zeros((60, 80, 2)))
+
+
+@pytest.mark.parametrize(("degrees", "away"), [(60, False), (120, True)])
+def test_a_leaf_turned_past_its_edge_shows_its_back(degrees: float, away: bool) -> None:
+    """What then covers a point is nearer by the leaf's thickness alone."""
+    size, depth = (40, 40), np.full((40, 40), 2.0)
+    K = np.array([[100, 0, 19.5], [0, 100, 19.5], [0, 0, 1]])
+    motion = np.tile(np.eye(4), (2, 1, 1))  # about the vertical axis through its middle
+    motion[1, :3, :3] = cv2.Rodrigues(np.array([0, np.deg2rad(degrees), 0]))[0]
+    motion[1, :3, 3] = [0, 0, 2] - motion[1, :3, :3] @ [0, 0, 2]
+    flow = dense_flow(depth, np.ones(size, np.uint8), K, np.eye(4), motion).flow * 40
+    rows, columns = np.mgrid[0:40, 0:40]
+    assert (turned_away(columns + flow[..., 0], rows + flow[..., 1]) == away).all()
 
 
 @pytest.mark.parametrize(("kind", "seed", "least"), [("drawer", 20, 0.85), ("slider", 3, 0.85)])

@@ -185,6 +185,8 @@ def test_no_poke_ends_behind_the_camera() -> None:
     found = follow(plan(goal, SIZE, SEARCH, depth), drawer_in_space)
     assert found.pokes.dz.min() < -1.2  # drawn longer than asked for, too
     assert (found.pokes.dz > -depth.at(found.pokes.xy)).all()
+    with pytest.raises(RequestError, match=r"its point is 1.5 m away, and dz is -1.5 m"):
+        motion_in_space(point, np.zeros(2), -1.5, depth)
 
 
 def receding_drawer(pokes: Pokes, queries: np.ndarray) -> FlowMixture:

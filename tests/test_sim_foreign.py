@@ -94,7 +94,7 @@ def test_the_camera_frames_the_object(world: ForeignSimulator) -> None:
 def test_futures_slide_the_drawer(world: ForeignSimulator) -> None:
     rng = np.random.default_rng(0)
     frame = world.render()
-    moved = 0
+    moved, landed = 0, []
     for _ in range(10):
         future = world.sample_future(rng)
         truth = world.truth(frame, future)
@@ -106,12 +106,12 @@ def test_futures_slide_the_drawer(world: ForeignSimulator) -> None:
             assert np.abs(shift[[0, 2]]).max() < 1e-6 < abs(shift[1]) <= 0.3
             assert (truth.moving == (frame.bodies == movers[0])).all()
             moved += 1
-            seen = truth.moving & ~truth.occluded
-            v, u = np.nonzero(seen)
-            if len(v):  # what was followed there is there
-                ends = np.rint(np.stack([u, v], -1) + truth.flow[v, u] * 64).astype(int)
-                assert (truth.next.bodies[ends[:, 1], ends[:, 0]] == movers[0]).all()
+            v, u = np.nonzero(truth.moving)
+            ends = np.rint(np.stack([u, v], -1) + truth.flow[v, u] * 64).astype(int)
+            ends = ends[((ends >= 0) & (ends < 64)).all(-1)]
+            landed += list(truth.next.bodies[ends[:, 1], ends[:, 0]] == movers[0])
     assert moved >= 7
+    assert np.mean(landed) > 0.8  # the others are in the cabinet
 
 
 def test_worlds_of_one_object_keep_their_own_lens(assets: Path) -> None:

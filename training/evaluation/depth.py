@@ -11,7 +11,7 @@ import numpy as np
 from fpt_model import FlowMixture, FlowPredictor
 from fpt_model.depth import Depth, Intrinsics
 from fpt_model.geometry import displacement_normalised_to_pixels, normalised_to_pixels
-from fpt_model.occlusion import occluded
+from fpt_model.occlusion import occluded, turned_away
 from fpt_model.predictor import Scene as EncodedScene
 from fpt_model.scene_flow import displacement, image_motion, reduce_motion, upsample_motion
 from fpt_model.visualize import RGBImage, draw_overlay, side_by_side
@@ -71,7 +71,8 @@ def depth_scenes(shards: Shards, split: str, suite: Suite, seed: int) -> Iterato
 
 
 def _hidden(sample: StoredSample, split: str, index: int, future: int, settings: Settings) -> Mask:
-    """``[H, W]``: where the second rendering shows something nearer than what went there."""
+    """``[H, W]``: where the second rendering shows something nearer than what went there, or its
+    back."""
     drawn = replay(split, index, settings)
     step = sample.depth.max() / 65535
     if np.abs(drawn.frame.depth - sample.depth).max() > 2 * step:
@@ -83,10 +84,12 @@ def _hidden(sample: StoredSample, split: str, index: int, future: int, settings:
     size = height, width = sample.depth.shape
     pixel = np.indices(size)[::-1].reshape(2, -1).T
     moved = sample.flow_at(future, pixel)
-    after = np.floor(pixel + displacement_normalised_to_pixels(moved.flow, size) + 0.5).astype(int)
+    end = pixel + displacement_normalised_to_pixels(moved.flow, size)
+    after = np.floor(end + 0.5).astype(int)
     inside = ((after >= 0) & (after < [width, height])).all(-1)
     u, v = np.clip(after, 0, [width - 1, height - 1]).T
     nearer = (seen_later[v, u] > 0) & (seen_later[v, u] < moved.depth * (1 - NEARER))
+    nearer |= turned_away(*end.T.reshape(2, *size)).ravel()
     hidden: Mask = (inside & nearer & (sample.depth.ravel() > 0)).reshape(size)
     return hidden
 
