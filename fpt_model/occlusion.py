@@ -79,15 +79,20 @@ def occluded(
     return hidden
 
 
-def turned_away(u: NDArray[np.floating], v: NDArray[np.floating]) -> NDArray[np.bool_]:
+def turned_away(
+    u: NDArray[np.floating], v: NDArray[np.floating], bodies: NDArray[np.integer]
+) -> NDArray[np.bool_]:
     """``[H, W]``: of which patches one would see the back, by where each pixel goes.
 
-    ``u, v [H, W]``, px: a patch whose image is mirrored has turned its back. Beside something
-    nearer of its own thickness, such as a leaf of a door, depths would not tell.
+    A patch whose image is mirrored has turned its back. Depths would not always tell: what then
+    covers it may be nearer by its own thickness alone, such as that of a door's leaf.
+
+    Args:
+        u, v: ``[H, W]``, px, where the surface seen in each pixel goes.
+        bodies: ``[H, W]``, what it is of: pixels of others do not tell how it is turned.
     """
-    return _mirrored(
-        _derivatives(np.asarray(u, np.float64)), _derivatives(np.asarray(v, np.float64))
-    )
+    of_u, of_v = (_derivatives(np.asarray(a, np.float64), bodies) for a in (u, v))
+    return _mirrored(of_u, of_v)
 
 
 _Derivatives = tuple[NDArray[np.float64], NDArray[np.float64]]  # by x, by y
@@ -98,15 +103,19 @@ def _mirrored(u: _Derivatives, v: _Derivatives) -> NDArray[np.bool_]:
     return out
 
 
-def _derivatives(field: NDArray[np.float64]) -> _Derivatives:
+def _derivatives(
+    field: NDArray[np.float64], bodies: NDArray[np.integer] | None = None
+) -> _Derivatives:
     """``[H, W]`` each, by x and by y: to the side where the field changes less.
 
-    So the edge of a surface, where one side is another surface, does not count. NaN is no side;
-    where there is none, the derivative is 0.
+    So the edge of a surface, where one side is another surface, does not count. NaN and, if they
+    are given, another of ``bodies`` are no side; where there is none, the derivative is 0.
     """
 
     def along(axis: int) -> NDArray[np.float64]:
         step = np.diff(field, axis=axis)
+        if bodies is not None:
+            step[np.diff(bodies.astype(np.intp), axis=axis) != 0] = np.nan
         nothing = np.full_like(field.take([0], axis), np.nan)
         before = np.concatenate([nothing, step], axis)
         after = np.concatenate([step, nothing], axis)

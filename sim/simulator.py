@@ -859,7 +859,9 @@ class Simulator:
         hidden = (seen > 0) & (seen < moved.depth * (1 - _OCCLUSION_TOLERANCE))
         hidden |= (following.bodies[at] != frame.bodies) & (moved.depth > 0)
         hidden |= (seen > 0) & (moved.depth == 0)
-        hidden |= turned_away(u + moved.flow[..., 0] * width, v + moved.flow[..., 1] * height)
+        hidden |= turned_away(
+            u + moved.flow[..., 0] * width, v + moved.flow[..., 1] * height, frame.bodies
+        )
         return Truth(
             flow=moved.flow,
             scene_flow=moved.scene_flow,

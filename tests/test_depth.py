@@ -262,9 +262,13 @@ def test_a_leaf_turned_past_its_edge_shows_its_back(degrees: float, away: bool) 
     motion = np.tile(np.eye(4), (2, 1, 1))  # about the vertical axis through its middle
     motion[1, :3, :3] = cv2.Rodrigues(np.array([0, np.deg2rad(degrees), 0]))[0]
     motion[1, :3, 3] = [0, 0, 2] - motion[1, :3, :3] @ [0, 0, 2]
-    flow = dense_flow(depth, np.ones(size, np.uint8), K, np.eye(4), motion).flow * 40
+    bodies = np.ones(size, np.uint8)
+    bodies[:, :3] = 0
+    flow = dense_flow(depth, bodies, K, np.eye(4), motion).flow * 40
     rows, columns = np.mgrid[0:40, 0:40]
-    assert (turned_away(columns + flow[..., 0], rows + flow[..., 1]) == away).all()
+    found = turned_away(columns + flow[..., 0], rows + flow[..., 1], bodies)
+    assert (found[:, 3:] == away).all()
+    assert not found[:, :3].any()
 
 
 @pytest.mark.parametrize(("kind", "seed", "least"), [("drawer", 20, 0.85), ("slider", 3, 0.85)])

@@ -89,7 +89,7 @@ def _hidden(sample: StoredSample, split: str, index: int, future: int, settings:
     inside = ((after >= 0) & (after < [width, height])).all(-1)
     u, v = np.clip(after, 0, [width - 1, height - 1]).T
     nearer = (seen_later[v, u] > 0) & (seen_later[v, u] < moved.depth * (1 - NEARER))
-    nearer |= turned_away(*end.T.reshape(2, *size)).ravel()
+    nearer |= turned_away(*end.T.reshape(2, *size), sample.bodies).ravel()
     hidden: Mask = (inside & nearer & (sample.depth.ravel() > 0)).reshape(size)
     return hidden
 
