@@ -283,6 +283,8 @@ def process_bag(
     table = messages.table | (SceneOutputs().table if inputs.get("depth") else {})
     names = list(table) if outputs is None else list(outputs)
     unknown = [name for name in names if name not in table]
+    if unknown and unknown[0] in SceneOutputs().table:
+        raise BagError(f"the output {unknown[0]!r} needs a three-dimensional model, and --depth")
     if unknown:
         raise BagError(f"expected outputs of {[*table]}, received {unknown[0]!r}")
 
@@ -388,7 +390,7 @@ class _Depths:
                     return [msg]
         return []
 
-    def _read(self, start: int | None = None, stop: int | None = None) -> Iterator[Recorded]:
+    def _read(self, start: int, stop: int) -> Iterator[Recorded]:
         return read(self._bag, self._inputs, INPUT_TYPES, start, stop)
 
 
@@ -468,7 +470,14 @@ def _check_definition(connections: Sequence[Connection]) -> None:
 def message_types() -> Typestore:
     """The definitions of ROS's messages and of ours."""
     store = get_typestore(Stores.ROS2_JAZZY)
-    folder = Path(get_package_share_directory("fpt_msgs"), "msg")
+    try:
+        share = get_package_share_directory("fpt_msgs")
+    except (OSError, LookupError) as error:  # a shell without ROS's environment, or none of ours
+        raise BagError(
+            f"fpt_msgs is not found: {error}; source install/setup.bash or, with the wheels, "
+            'eval "$(python -m fpt_ros.environment)"'
+        ) from error
+    folder = Path(share, "msg")
     for file in sorted(folder.glob("*.msg")):
         store.register(get_types_from_msg(file.read_text(), f"fpt_msgs/msg/{file.stem}"))
     return store

@@ -26,7 +26,8 @@ PARAMETERS = (
     Spec(
         "pokes",
         "",
-        "What to publish: x,y,dx,dy in px, several separated by spaces; empty: relay.",
+        "What to publish: x,y,dx,dy in px and maybe ,dz in m, several separated by spaces; empty: "
+        "relay.",
         read_only=True,
     ),
     Spec("rate_hz", 1.0, "Repetitions a second, 1/s.", 0.1, 100.0, read_only=True),

@@ -473,7 +473,9 @@ def test_topics_that_do_not_fit_are_named_with_those_there_are(
         (["{in}", "--out", "{tmp}/no/o.mcap"], ["no/o.mcap", "existing folder"]),
         (["{in}", "--out", "{tmp}/o.bag"], ["o.bag", ".mcap file"]),
         (["{in}", "--output", "masks"], ["'masks'", "'mask'", "'overlay'"]),
+        (["{in}", "--output", "points"], ["'points' needs a three-dimensional model", "--depth"]),
         (["{in}", "--poke", "1,2"], ["'1,2'", "x,y,dx,dy"]),
+        (["{in}", "--poke", "9,9,1,0,-0.3"], ["needs a three-dimensional model", "dz=-0.3"]),
         (["{in}", "--param", "dense_width=3"], ["NAME:=VALUE", "'dense_width=3'"]),
         (["{in}", "--param", "model:=x"], ["NAME:=VALUE", "dense_width", "'model:=x'"]),
         (["{in}", "--param", "dense_width:=x"], ["dense_width must be of type int", "'x'"]),
@@ -515,6 +517,18 @@ def test_a_users_mistake_is_one_line_and_exit_2(
         assert word in error
     assert "Traceback" not in stderr
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_shell_without_ros_is_told_what_to_set(
+    run, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_bag(tmp_path / "in", ENTRIES)
+    message_types.cache_clear()
+    monkeypatch.delenv("AMENT_PREFIX_PATH")
+    code, _, stderr = run(source, "--out", tmp_path / "out.mcap", "--model", model)
+    assert code == 2
+    assert "fpt: error: fpt_msgs is not found" in stderr
+    assert "fpt_ros.environment" in stderr
 
 
 def test_a_full_disk_is_told_and_leaves_nothing(run, model: Path, tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ class Motion(NamedTuple):
 
     @property
     def camera_static(self) -> bool:
-        """Whether at least ``STATIC_SHARE`` of the known motions are ``STILL``."""
+        """Whether more than ``STATIC_SHARE`` of the known motions are ``STILL``."""
         lengths = np.linalg.norm(self.flow[self.known], axis=-1)
         return bool((lengths < STILL).mean() > STATIC_SHARE) if len(lengths) else False
 

@@ -10,6 +10,7 @@ import numpy as np
 import typer
 
 from fpt_ros.commands.arguments import UserError, parse_poke
+from fpt_ros.commands.depth import check_dz
 from fpt_ros.commands.model import (
     BackendOption,
     DeviceOption,
@@ -67,8 +68,9 @@ def bag(
     poke: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="X,Y,DX,DY",
-            help="Poke every image here, in px, until the bag has other pokes. Repeatable.",
+            metavar="X,Y,DX,DY[,DZ]",
+            help="Poke every image here, in px (dz in m), until the bag has other pokes. "
+            "Repeatable.",
             show_default=False,
         ),
     ] = None,
@@ -122,6 +124,7 @@ def bag(
             config = predictor.config
             if depth and config.flow_dim != 3:
                 raise UserError(f"--depth needs a three-dimensional model, received {config.name}")
+            check_dz(given[:, 4], config)
             inputs = bags.find_inputs(opened, topics, namespace, config.flow_dim)
             total = sum(c.msgcount for connections in inputs.values() for c in connections)
             with progress_bar("answering", "messages") as progress:

@@ -63,7 +63,7 @@ def check(
 
     where = f" on {', '.join(candidate.providers)}" if candidate.providers else ""
     print(
-        f"{exact.config.name}, {backend}{where} in {precision}, against PyTorch in fp32; "
+        f"{exact.config.name}, {candidate.backend}{where} in {precision}, against PyTorch in fp32; "
         f"{found.images} pictures"
     )
     table = Table()

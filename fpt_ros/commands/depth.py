@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from fpt_model import FPTConfig
 from fpt_model.depth import DEPTH_FORMATS, Depth, DepthError, Intrinsics
 from fpt_model.geometry import grid, normalised_to_pixels
 from fpt_ros.commands.arguments import UserError, parse_intrinsics
@@ -20,10 +21,20 @@ if TYPE_CHECKING:  # as in predict
 Columns = dict[str, NDArray[Any]]
 
 
+def check_dz(dz: NDArray[np.float64], config: FPTConfig) -> None:
+    """UserError for pokes that move in depth, ``dz [P]`` m, of a model that knows none."""
+    in_depth = dz[np.nan_to_num(dz) != 0]
+    if config.flow_dim == 2 and len(in_depth):
+        raise UserError(
+            f"a poke in depth needs a three-dimensional model, {config.name} is planar; "
+            f"received dz={in_depth[0]:g}"
+        )
+
+
 def read_depth_file(path: Path, intrinsics: str | None, size: tuple[int, int]) -> Depth:
     """Registered depth of a picture of ``size = (height, width)``; UserError for anything else.
 
-    A 16-bit picture is in mm, a float one or a ``.npy`` in m. Without ``intrinsics``, "fx,fy,cx,cy"
+    A picture or ``.npy``: 16-bit values are mm, floats m. Without ``intrinsics``, "fx,fy,cx,cy"
     (px), the nominal camera is taken: then sideways lengths are right up to a factor alone.
     """
     if not path.is_file():

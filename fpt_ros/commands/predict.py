@@ -22,7 +22,7 @@ from fpt_model.geometry import normalised_to_pixels
 from fpt_model.ply import write_ply
 from fpt_model.visualize import draw_overlay
 from fpt_ros.commands.arguments import UserError, parse_grid, parse_poke, parse_query
-from fpt_ros.commands.depth import Columns, read_depth_file, scene_columns, show
+from fpt_ros.commands.depth import Columns, check_dz, read_depth_file, scene_columns, show
 from fpt_ros.commands.media import Frames, FramesWriter, RGBImage
 from fpt_ros.commands.model import (
     BackendOption,
@@ -88,8 +88,8 @@ def predict(
     depth: Annotated[
         Path | None,
         typer.Option(
-            help="Registered depth of the picture, for three-dimensional models: a 16-bit picture "
-            "in mm, a float one or .npy in m.",
+            help="Registered depth of the picture, for three-dimensional models: 16-bit values in "
+            "mm or floats in m, a picture or .npy.",
             show_default=False,
         ),
     ] = None,
@@ -145,12 +145,7 @@ def predict(
         on_grid = normalised_to_pixels(grid_points(cells), frames.size)
         queries = np.concatenate([queries, on_grid])
     predictor = load_predictor(model, backend, precision, graphs, providers, device)
-    in_depth = pokes.dz[np.nan_to_num(pokes.dz) != 0]
-    if predictor.config.flow_dim == 2 and len(in_depth):
-        raise UserError(
-            f"a poke in depth needs a three-dimensional model, {predictor.config.name} is planar; "
-            f"received dz={in_depth[0]:g}"
-        )
+    check_dz(pokes.dz, predictor.config)
     settings = Settings(camera_static=not moving_camera, full_resolution=False)
     measured = _depth(depth, intrinsics, ply, view, frames, predictor.config)
     if ply or view:

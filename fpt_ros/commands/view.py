@@ -78,7 +78,7 @@ def view(
         from fpt_ros.rerun_view import FLUSH_S, TYPES, ViewNode
     except ImportError as error:
         raise UserError(
-            f"the view needs ROS 2 with fpt_msgs, and Rerun (pip install rerun-sdk): {error}"
+            f"the view needs ROS 2 with fpt_msgs, and Rerun (docs/viewing.md tells how): {error}"
         ) from error
     from fpt_ros.names import full_name
 

@@ -63,7 +63,7 @@ def drawer(b: Builder, root: Body) -> Extent:
             )
             fx, fz = width / 2 - gap, height / 2 - gap
             if overlay:
-                fx, fz = fx + wall * 0.3, fz
+                fx += wall * 0.3
                 face = -y - 2 * front
                 b.box(part, (fx, front, fz), (0, -y - front, 0), "front", index)
             else:
