@@ -44,8 +44,10 @@ def occluded(
     z_after = z * np.maximum(1 + m[..., 2], MIN_RATIO)
     known = np.isfinite(z_after) & np.isfinite(u) & np.isfinite(v)
     # of each patch how its place and depth change from a pixel to the next
-    of_u, of_v, (z_x, z_y) = (_derivatives(np.where(known, a, np.nan)) for a in (u, v, z_after))
-    (u_x, u_y), (v_x, v_y) = of_u, of_v
+    (u_x, u_y), (v_x, v_y), (z_x, z_y) = (
+        _derivatives(np.where(known, a, np.nan)) for a in (u, v, z_after)
+    )
+    mirrored = u_x * v_y < u_y * v_x  # one would see its back
     slope = np.abs(z_x) + np.abs(z_y)
     # half its bounding box
     reach_u, reach_v = (
@@ -74,48 +76,62 @@ def occluded(
     # a slanted surface's own neighbours are nearer, too, by less than it changes across two pixels
     hidden = np.zeros((height, width), bool)
     hidden[known] = inside & (
-        (buffer[cell] < z_after * (1 - tolerance) - 2 * slope) | _mirrored(of_u, of_v)[known]
+        (buffer[cell] < z_after * (1 - tolerance) - 2 * slope) | mirrored[known]
     )
     return hidden
 
 
 def turned_away(
-    u: NDArray[np.floating], v: NDArray[np.floating], bodies: NDArray[np.integer]
+    u: NDArray[np.floating],
+    v: NDArray[np.floating],
+    depth: NDArray[np.floating],
+    bodies: NDArray[np.integer],
 ) -> NDArray[np.bool_]:
     """``[H, W]``: of which patches one would see the back, by where each pixel goes.
 
-    A patch whose image is mirrored has turned its back. Depths would not always tell: what then
-    covers it may be nearer by its own thickness alone, such as that of a door's leaf.
+    A patch whose image is mirrored has turned its back. Depths afterwards would not always tell:
+    what then covers it may be nearer by its own thickness alone, such as that of a door's leaf.
 
     Args:
         u, v: ``[H, W]``, px, where the surface seen in each pixel goes.
-        bodies: ``[H, W]``, what it is of: pixels of others do not tell how it is turned.
+        depth: ``[H, W]`` m, now; 0: no surface.
+        bodies: ``[H, W]``, what it is of. How a patch is turned tells the neighbour of the same
+            body that is nearest to it in depth, so that no edge counts.
     """
-    of_u, of_v = (_derivatives(np.asarray(a, np.float64), bodies) for a in (u, v))
-    return _mirrored(of_u, of_v)
+    z = np.where(depth > 0, depth, np.nan)
+
+    def along(axis: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        step = np.abs(np.diff(z, axis=axis))
+        step[np.diff(bodies.astype(np.intp), axis=axis) != 0] = np.nan
+        nothing = np.full_like(z.take([0], axis), np.nan)
+        before = np.concatenate([nothing, step], axis)
+        after = np.concatenate([step, nothing], axis)
+        use_after = np.isnan(before) | (after < before)
+        alone = np.isnan(before) & np.isnan(after)
+        edge = np.zeros_like(nothing, np.float64)
+
+        def derivative(field: NDArray[np.floating]) -> NDArray[np.float64]:
+            change = np.diff(field.astype(np.float64), axis=axis)
+            after, before = [change, edge], [edge, change]
+            chosen = np.where(use_after, np.concatenate(after, axis), np.concatenate(before, axis))
+            return np.where(alone, 0.0, chosen)
+
+        return derivative(u), derivative(v)
+
+    (u_x, v_x), (u_y, v_y) = along(1), along(0)
+    mirrored: NDArray[np.bool_] = u_x * v_y < u_y * v_x
+    return mirrored
 
 
-_Derivatives = tuple[NDArray[np.float64], NDArray[np.float64]]  # by x, by y
-
-
-def _mirrored(u: _Derivatives, v: _Derivatives) -> NDArray[np.bool_]:
-    out: NDArray[np.bool_] = u[0] * v[1] < u[1] * v[0]
-    return out
-
-
-def _derivatives(
-    field: NDArray[np.float64], bodies: NDArray[np.integer] | None = None
-) -> _Derivatives:
+def _derivatives(field: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """``[H, W]`` each, by x and by y: to the side where the field changes less.
 
-    So the edge of a surface, where one side is another surface, does not count. NaN and, if they
-    are given, another of ``bodies`` are no side; where there is none, the derivative is 0.
+    So the edge of a surface, where one side is another surface, does not count. NaN is no side;
+    where there is none, the derivative is 0.
     """
 
     def along(axis: int) -> NDArray[np.float64]:
         step = np.diff(field, axis=axis)
-        if bodies is not None:
-            step[np.diff(bodies.astype(np.intp), axis=axis) != 0] = np.nan
         nothing = np.full_like(field.take([0], axis), np.nan)
         before = np.concatenate([nothing, step], axis)
         after = np.concatenate([step, nothing], axis)

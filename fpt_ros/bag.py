@@ -284,7 +284,9 @@ def process_bag(
     names = list(table) if outputs is None else list(outputs)
     unknown = [name for name in names if name not in table]
     if unknown and unknown[0] in SceneOutputs().table:
-        raise BagError(f"the output {unknown[0]!r} needs a three-dimensional model, and --depth")
+        raise BagError(
+            f"the output {unknown[0]!r} needs a three-dimensional model, and depth (--depth)"
+        )
     if unknown:
         raise BagError(f"expected outputs of {[*table]}, received {unknown[0]!r}")
 

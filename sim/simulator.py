@@ -115,6 +115,7 @@ class Simulator:
     Raises:
         ValueError: unknown kind, negative seed or empty size.
         RuntimeError: no OpenGL library for off-screen rendering; the message names the packages.
+        UnstableError: no state was found in which free bodies come to rest.
     """
 
     def __init__(self, kind: str, seed: int, size: tuple[int, int] = (128, 128)) -> None:
@@ -513,11 +514,12 @@ class Simulator:
         Mostly one visible part moves, at times two or three, in 1 of 20 nothing; free bodies are
         pushed and stepped by MuJoCo, or carried as by a hand. Camera motion comes on top. A joint
         goes any share of its way, small ones more often; with `wide_probability` most of it. Free
-        bodies on it ride along, those in its way are pushed.
+        bodies on it ride along, those in its way are pushed. Where no draw is acceptable nothing
+        moves, nor does the camera.
         """
         camera_motion = np.eye(4)
         camera_moves = rng.random() < camera_motion_probability
-        # Nothing is drawn for 0, so that the futures of the evaluated splits stay what they are.
+        # Nothing is drawn for 0, so that the evaluated splits do not depend on it.
         wide = wide_probability > 0 and rng.random() < wide_probability
         for _ in range(_DRAWS):
             if camera_moves:
@@ -860,7 +862,10 @@ class Simulator:
         hidden |= (following.bodies[at] != frame.bodies) & (moved.depth > 0)
         hidden |= (seen > 0) & (moved.depth == 0)
         hidden |= turned_away(
-            u + moved.flow[..., 0] * width, v + moved.flow[..., 1] * height, frame.bodies
+            u + moved.flow[..., 0] * width,
+            v + moved.flow[..., 1] * height,
+            frame.depth,
+            frame.bodies,
         )
         return Truth(
             flow=moved.flow,

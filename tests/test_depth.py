@@ -266,9 +266,28 @@ def test_a_leaf_turned_past_its_edge_shows_its_back(degrees: float, away: bool) 
     bodies[:, :3] = 0
     flow = dense_flow(depth, bodies, K, np.eye(4), motion).flow * 40
     rows, columns = np.mgrid[0:40, 0:40]
-    found = turned_away(columns + flow[..., 0], rows + flow[..., 1], bodies)
+    found = turned_away(columns + flow[..., 0], rows + flow[..., 1], depth, bodies)
     assert (found[:, 3:] == away).all()
     assert not found[:, :3].any()
+
+
+def test_a_moving_camera_turns_nothing_away_at_edges() -> None:
+    """Where a body's own parts lie one before the other, and before nothing at all."""
+    seen = flagged = 0
+    for kind, seed in (("drawer", 1), ("door", 3)):
+        world, rng = Simulator(kind, seed, (96, 96)), np.random.default_rng(0)
+        frame = world.render()
+        v, u = np.mgrid[0:96, 0:96]
+        for _ in range(6):
+            truth = world.truth(frame, world._still(world._draw_camera_motion(rng)))
+            end_u, end_v = u + truth.flow[..., 0] * 96, v + truth.flow[..., 1] * 96
+            away = turned_away(end_u, end_v, frame.depth, frame.bodies)
+            row, column = (np.clip(np.rint(a), 0, 95).astype(int) for a in (end_v, end_u))
+            later = frame.depth + truth.scene_flow[..., 2]
+            there = np.abs(truth.next.depth[row, column] - later) < 0.01 * later
+            there &= (frame.depth > 0) & (truth.next.bodies[row, column] == frame.bodies)
+            seen, flagged = seen + there.sum(), flagged + (there & away).sum()
+    assert flagged < 2e-4 * seen
 
 
 @pytest.mark.parametrize(("kind", "seed", "least"), [("drawer", 20, 0.85), ("slider", 3, 0.85)])

@@ -75,12 +75,20 @@ def _hidden(sample: StoredSample, split: str, index: int, future: int, settings:
     back."""
     drawn = replay(split, index, settings)
     step = sample.depth.max() / 65535
-    if np.abs(drawn.frame.depth - sample.depth).max() > 2 * step:
+    continued = drawn.futures[future]
+    alike = np.abs(drawn.frame.depth - sample.depth).max() <= 2 * step and all(
+        np.allclose(a, b, atol=1e-4)
+        for a, b in (
+            (continued.body_motion, sample.body_motion[future]),
+            (continued.camera_motion, sample.camera_motion[future]),
+        )
+    )
+    if not alike:
         raise EvaluationError(
             f"image {index} of {split} ({sample.kind} {sample.seed}) is not what the simulation "
             "draws here; make the shards anew on this machine"
         )
-    seen_later = drawn.world.after(drawn.futures[future]).depth
+    seen_later = drawn.world.after(continued).depth
     size = height, width = sample.depth.shape
     pixel = np.indices(size)[::-1].reshape(2, -1).T
     moved = sample.flow_at(future, pixel)
@@ -89,7 +97,7 @@ def _hidden(sample: StoredSample, split: str, index: int, future: int, settings:
     inside = ((after >= 0) & (after < [width, height])).all(-1)
     u, v = np.clip(after, 0, [width - 1, height - 1]).T
     nearer = (seen_later[v, u] > 0) & (seen_later[v, u] < moved.depth * (1 - NEARER))
-    nearer |= turned_away(*end.T.reshape(2, *size), sample.bodies).ravel()
+    nearer |= turned_away(*end.T.reshape(2, *size), sample.depth, sample.bodies).ravel()
     hidden: Mask = (inside & nearer & (sample.depth.ravel() > 0)).reshape(size)
     return hidden
 
