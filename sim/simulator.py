@@ -810,15 +810,16 @@ class Simulator:
     def _acceptable(self, future: Future) -> bool:
         """Whether what moves can be seen to move, be the camera as it may, and all stays in reach.
 
-        Looks at all pixels of bodies that move, however small they are, and some of the others.
+        Something large enough must move: some pixels are looked at. Nothing may go too far, however
+        small: those of bodies that move are all looked at.
         """
         frame = self.render()
         step = max(1, min(self.size) // 20)
-        looked_at = future.moving[frame.bodies]
-        looked_at[::step, ::step] = True
-        v, u = np.nonzero(looked_at)
+        some = np.zeros(self.size, bool)
+        some[::step, ::step] = True
 
-        def strongest(camera_motion: NDArray | None) -> float:
+        def strongest(pixels: NDArray[np.bool_], camera_motion: NDArray | None) -> float:
+            v, u = np.nonzero(pixels)
             moved = point_flow(
                 np.stack([u, v], -1),
                 frame.depth[v, u],
@@ -832,8 +833,9 @@ class Simulator:
             return float(np.abs(moved.flow).max(initial=0))
 
         low, high = _FLOW_RANGE
-        seen = future.description == STILL or strongest(None) >= low
-        return seen and strongest(future.camera_motion) <= high
+        if future.description != STILL and strongest(some, None) < low:
+            return False
+        return strongest(some | future.moving[frame.bodies], future.camera_motion) <= high
 
     # Truth ----------------------------------------------------------------------------------
 

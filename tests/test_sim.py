@@ -285,7 +285,7 @@ def test_worlds_of_the_kinds_held_out_stay_what_they_were(kind: str, digest: str
 
 @pytest.mark.parametrize("kind", ["knob", "body", "lid"])
 def test_all_that_is_seen_to_move_moves_enough_and_not_too_far(kind: str) -> None:
-    """Also what is smaller than the distance of the pixels looked at, and under a moving camera."""
+    """Not too far also what is smaller than the distance of the pixels that tell the first."""
     moved = 0
     for seed in range(8):
         world, rng = Simulator(kind, seed, (64, 64)), np.random.default_rng(seed)
