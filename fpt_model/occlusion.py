@@ -9,6 +9,8 @@ here, and what leaves the image is not hidden.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -99,43 +101,34 @@ def turned_away(
             body that is nearest to it in depth, so that no edge counts.
     """
     z = np.where(depth > 0, depth, np.nan)
-
-    def along(axis: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        step = np.abs(np.diff(z, axis=axis))
-        step[np.diff(bodies.astype(np.intp), axis=axis) != 0] = np.nan
-        nothing = np.full_like(z.take([0], axis), np.nan)
-        before = np.concatenate([nothing, step], axis)
-        after = np.concatenate([step, nothing], axis)
-        use_after = np.isnan(before) | (after < before)
-        alone = np.isnan(before) & np.isnan(after)
-        edge = np.zeros_like(nothing, np.float64)
-
-        def derivative(field: NDArray[np.floating]) -> NDArray[np.float64]:
-            change = np.diff(field.astype(np.float64), axis=axis)
-            after, before = [change, edge], [edge, change]
-            chosen = np.where(use_after, np.concatenate(after, axis), np.concatenate(before, axis))
-            return np.where(alone, 0.0, chosen)
-
-        return derivative(u), derivative(v)
-
-    (u_x, v_x), (u_y, v_y) = along(1), along(0)
+    apart = [
+        np.where(np.diff(bodies, axis=axis) == 0, np.abs(np.diff(z, axis=axis)), np.nan)
+        for axis in (0, 1)
+    ]
+    (u_x, u_y), (v_x, v_y) = (_derivatives(np.asarray(a, np.float64), apart) for a in (u, v))
     mirrored: NDArray[np.bool_] = u_x * v_y < u_y * v_x
     return mirrored
 
 
-def _derivatives(field: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """``[H, W]`` each, by x and by y: to the side where the field changes less.
+def _derivatives(
+    field: NDArray[np.float64], apart: Sequence[NDArray[np.float64]] | None = None
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """``[H, W]`` each, by x and by y: to the side of the nearer neighbour.
 
-    So the edge of a surface, where one side is another surface, does not count. NaN is no side;
-    where there is none, the derivative is 0.
+    ``apart``, along the axes 0 and 1, tells how far neighbours are from each other, NaN if they are
+    none; by default that is how much the field changes. So the edge of a surface, where one side is
+    another surface, does not count. Where there is no neighbour the derivative is 0.
     """
 
     def along(axis: int) -> NDArray[np.float64]:
         step = np.diff(field, axis=axis)
+        distance = np.abs(step) if apart is None else apart[axis]
+        step = np.where(np.isnan(distance), np.nan, step)
         nothing = np.full_like(field.take([0], axis), np.nan)
-        before = np.concatenate([nothing, step], axis)
-        after = np.concatenate([step, nothing], axis)
-        use_after = np.isnan(before) | (np.abs(after) < np.abs(before))
+        before, after = np.concatenate([nothing, step], axis), np.concatenate([step, nothing], axis)
+        to_before = np.concatenate([nothing, distance], axis)
+        to_after = np.concatenate([distance, nothing], axis)
+        use_after = np.isnan(to_before) | (to_after < to_before)
         return np.nan_to_num(np.where(use_after, after, before))
 
     return along(1), along(0)

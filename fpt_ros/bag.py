@@ -280,10 +280,11 @@ def process_bag(
         monitor.stage,
         lambda problem: setattr(report, "camera_info", problem),
     )
-    table = messages.table | (SceneOutputs().table if inputs.get("depth") else {})
+    in_space = SceneOutputs().table
+    table = messages.table | (in_space if inputs.get("depth") else {})
     names = list(table) if outputs is None else list(outputs)
     unknown = [name for name in names if name not in table]
-    if unknown and unknown[0] in SceneOutputs().table:
+    if unknown and unknown[0] in in_space:
         raise BagError(
             f"the output {unknown[0]!r} needs a three-dimensional model, and depth (--depth)"
         )
