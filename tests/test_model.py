@@ -395,7 +395,11 @@ class TestPredictor:
     POS, FLOW = [[0.3, 0.6], [0.7, 0.2]], [[0.1, 0.0], [0.0, -0.1]]
 
     def test_order_chunks_and_batches_do_not_matter(
-        self, predictor: FlowPredictor, image: np.ndarray, monkeypatch: pytest.MonkeyPatch
+        self,
+        model: FlowPokeTransformer,
+        predictor: FlowPredictor,
+        image: np.ndarray,
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         scene = predictor.encode(image)
         queries = np.random.default_rng(0).random((50, 2))
@@ -408,7 +412,7 @@ class TestPredictor:
         )
         assert_mixtures_close(batch[0], whole)
         assert np.abs(batch[1].means - whole.means).max() > 1e-4, "hypotheses are different"
-        monkeypatch.setattr("fpt_model.engine._QUERY_CHUNK", 7)
+        monkeypatch.setattr("fpt_model.engine._PASS", 7 * model.config.width)
         assert_mixtures_close(predictor.predict(scene, self.POS, self.FLOW, queries), whole)
 
     def test_known_pokes_are_not_run_again(
