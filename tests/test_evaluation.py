@@ -143,6 +143,7 @@ class Oracle:
         rng = np.random.default_rng(0)
         self.known = scene.flow + rng.normal(0, std, scene.flow.shape)
         self.std = std
+        self.scene = scene
         self.places = {point.tobytes(): i for i, point in enumerate(scene.points)}
 
     def encode(self, image: Any) -> None:
@@ -151,6 +152,9 @@ class Oracle:
     def predict(
         self, encoded: None, pos: Any, flow: Any, queries: Any, camera_static: bool
     ) -> FlowMixture:
+        assert camera_static == self.scene.camera_static
+        poked = [self.places[point.tobytes()] for point in pos]
+        assert np.array_equal(flow, self.scene.flow[poked])
         asked = [self.places[query.tobytes()] for query in queries]
         mean = self.known[asked] if len(pos) else np.zeros((len(queries), 2))
         scale = (self.std if len(pos) else 0.05) * np.eye(2)
@@ -204,6 +208,19 @@ def test_figures_of_an_oracle(found: list[Scene]) -> None:
         for method, value in curve["1"][where]["epe"].items():
             assert value == pytest.approx(figures[name][method], rel=0.02), method
     assert curve["100"]["all"]["epe"]["copy"] < curve["1"]["all"]["epe"]["copy"]
+
+
+def test_influence_is_the_divergence_from_what_is_known_without_pokes(found: list[Scene]) -> None:
+    """As the node has it: of the poked prediction from the other, not the other way round."""
+    scene = found[0]
+    oracle = Oracle(scene, 0.01)
+    _, shown = measure(oracle, scene, SUITE, np.random.default_rng(1))  # type: ignore[arg-type]
+    poked, free = (
+        oracle.predict(None, scene.points[p], scene.flow[p], scene.points, True)
+        for p in (scene.pokes[:1], scene.pokes[:0])
+    )
+    np.testing.assert_allclose(shown["kl_matched"], poked.kl(free))
+    assert np.abs(free.kl(poked) - poked.kl(free)).min() > 1
 
 
 def test_a_sharp_oracle_finds_the_moving_part(found: list[Scene]) -> None:

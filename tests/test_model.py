@@ -42,6 +42,7 @@ from fpt_model.engine import BackendError, TorchEngine, prepare
 from fpt_model.layers import QKV, position_features
 from fpt_model.model import mixture_parameters, negative_log_likelihood
 from fpt_model.packed import PackedLinear, PackedQKV, can_pack, pack
+from fpt_model.predictor import Order
 
 SMALL = FPTConfig(
     name="small",
@@ -513,6 +514,44 @@ class TestPredictor:
         with pytest.raises(StopIteration):
             steps.send(drawn[:, 3])
 
+    @pytest.mark.parametrize("order", ["random", "given"])
+    def test_joint_samples_are_given_what_was_drawn_before(
+        self,
+        predictor: FlowPredictor,
+        image: np.ndarray,
+        monkeypatch: pytest.MonkeyPatch,
+        order: Order,
+    ) -> None:
+        """Each motion is drawn for its own query, with those of the queries before it known."""
+        monkeypatch.setattr(FlowMixture, "sample", lambda mixture, n, rng: mixture.mean()[None])
+        asked: list[np.ndarray] = []
+        steps = FlowPredictor.sampling_steps
+
+        def noted(self: FlowPredictor, *arguments: Any) -> Any:
+            asked.append(arguments[3])
+            return steps(self, *arguments)
+
+        monkeypatch.setattr(FlowPredictor, "sampling_steps", noted)
+        scene, queries = predictor.encode(image), np.random.default_rng(0).random((6, 2))
+        args = (scene, self.POS, self.FLOW, queries)
+        drawn = predictor.sample(*args, num_samples=3, seed=5, order=order)
+        turns = [[queries.tolist().index(q) for q in row] for row in asked[0].tolist()]
+        assert all(sorted(turn) == list(range(6)) for turn in turns)
+        if order == "given":
+            assert turns == [list(range(6))] * 3
+        else:
+            assert turns[0] != turns[1] != turns[2]
+        for motions, turn in zip(drawn, turns, strict=True):
+            for i, query in enumerate(turn):
+                known = turn[:i]
+                mixture = predictor.predict(
+                    scene,
+                    np.concatenate([self.POS, queries[known]]),
+                    np.concatenate([self.FLOW, motions[known]]),
+                    queries[[query]],
+                )
+                assert_close(motions[query], mixture.mean()[0], 1e-4)
+
     def test_coarse_to_fine(self, predictor: FlowPredictor, image: np.ndarray) -> None:
         scene = predictor.encode(image)
         futures = predictor.sample_dense(scene, self.POS, self.FLOW, (6, 5), (2, 2), num_samples=2)
@@ -540,6 +579,11 @@ class TestPredictor:
         kl = predictor.influence(scene, self.POS, self.FLOW, size=(6, 8))
         free = predictor.predict(scene, np.empty((0, 2)), np.empty((0, 2)), geometry.grid((6, 8)))
         assert_close(kl.ravel(), mix.kl(free), 1e-4)
+        other = predictor.influence(scene, self.POS, self.FLOW, (6, 8), camera_static=False)
+        fresh = predictor.encode(image)
+        expected = predictor.influence(fresh, self.POS, self.FLOW, (6, 8), camera_static=False)
+        assert_close(other, expected, 1e-4)
+        assert np.abs(other - kl).max() > 1e-3, "each flag has its own answer without pokes"
         with pytest.raises(ValueError, match=r"\[48\] on a grid of \(6, 8\), received \[1\]"):
             predictor.influence_of(scene, mix[:1], (6, 8))
         with pytest.raises(ValueError, match="read-only"):

@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from random_weights import randomised
+from safetensors.torch import load_file
 
 from fpt_model import FlowMixture, FlowPokeTransformer, load_model, save_model
 from fpt_model.encoder import preprocess
@@ -32,7 +33,7 @@ from training.data import (
     make_example,
     random_crop,
 )
-from training.losses import Learner, energy_score
+from training.losses import Learner, energy_score, robust
 
 CONFIG = RunConfig.from_dict(
     {
@@ -110,8 +111,9 @@ def test_examples_carry_the_true_motion(data: Path, futures: int) -> None:
         futures_per_image=futures,
         segment_points=10,
         quarter_turn=0.5,
+        hide_static_flag=0,
     )
-    checked, turns = 0, set()
+    checked, turns, flags = 0, set(), set()
     for index in range(len(shards)):
         sample = shards[index]
         seed = [0, index]
@@ -147,10 +149,13 @@ def test_examples_carry_the_true_motion(data: Path, futures: int) -> None:
                 expected = np.clip(np.stack([dx, dy], -1), -1, 1)
                 assert np.abs(flow.numpy()[known] - expected[known]).max() < 1e-5
                 checked += int((np.abs(true) > 1e-3).any(-1).sum())
+        assert example.camera_static.tolist() == sample.camera_static[shown].tolist()
+        flags |= set(example.camera_static.tolist())
         u, v = stored_pixels(example.segment_pos).T
         assert np.array_equal(example.segment_body.numpy(), sample.bodies[v, u])
     assert checked > 50, "the samples show motion"
     assert len(turns) > 1
+    assert flags == {False, True}, "moving and standing cameras"
 
 
 @pytest.mark.parametrize("flip", [False, True])
@@ -342,9 +347,39 @@ def test_resuming_is_exact(data: Path, run: Path, tmp_path: Path) -> None:
         first.step += 1
     first.save()
     train.Trainer(CONFIG, data, tmp_path).run()
-    resumed, whole = parameters(tmp_path), parameters(run)
-    for key, value in whole.items():
-        assert torch.equal(value, resumed[key]), key
+    for key, value in parameters(run).items():
+        assert torch.equal(value, parameters(tmp_path)[key]), key
+    shipped, other = (load_file(out / "model.safetensors") for out in (run, tmp_path))
+    for key, value in shipped.items():
+        assert torch.equal(value, other[key]), key
+
+
+def test_the_average_follows_the_weights(data: Path, tmp_path: Path) -> None:
+    """What is saved as the model: by a tenth after the first step, to start with."""
+    trainer = train.Trainer(CONFIG, data, tmp_path)
+    before = [p.detach().clone() for p in trainer.learner.parameters()]
+    dataset = ExampleDataset(Shards(data, "train"), CONFIG)
+    trainer._train_step(next(load_batches(dataset, range(4), 4, workers=0)))
+    moved = 0.0
+    for old, new, mean in zip(
+        before, trainer.learner.parameters(), trainer.average.parameters(), strict=True
+    ):
+        assert torch.allclose(mean, 0.1 * old + 0.9 * new, atol=1e-7)
+        moved = max(moved, float((new - old).abs().max()))
+    assert moved > 1e-5
+    trainer.save()
+    saved = load_file(tmp_path / "model.safetensors")
+    for key, mean in trainer.average.model.state_dict().items():
+        if key in saved:
+            assert torch.equal(saved[key].float(), mean.to(saved[key].dtype).float()), key
+
+
+def test_outliers_cost_no_more_than_a_uniform_component() -> None:
+    nll = torch.tensor([-3.0, 0.0, 50.0])
+    share = CONFIG.optim.outlier_share
+    density = (1 - share) * torch.exp(-nll) + share / 4  # [-1, 1]^2 has the area 4
+    assert share > 0
+    assert torch.allclose(robust(nll, CONFIG), -density.log())
 
 
 def test_checkpoints_of_earlier_versions_resume(data: Path, tmp_path: Path) -> None:
