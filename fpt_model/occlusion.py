@@ -46,9 +46,8 @@ def occluded(
     z_after = z * np.maximum(1 + m[..., 2], MIN_RATIO)
     known = np.isfinite(z_after) & np.isfinite(u) & np.isfinite(v)
     # of each patch how its place and depth change from a pixel to the next
-    (u_x, u_y), (v_x, v_y), (z_x, z_y) = (
-        _derivatives(np.where(known, a, np.nan)) for a in (u, v, z_after)
-    )
+    apart = [np.abs(np.diff(np.where(known, z, np.nan), axis=axis)) for axis in (0, 1)]
+    (u_x, u_y), (v_x, v_y), (z_x, z_y) = (_derivatives(a, apart) for a in (u, v, z_after))
     mirrored = u_x * v_y < u_y * v_x  # one would see its back
     slope = np.abs(z_x) + np.abs(z_y)
     # half its bounding box
@@ -111,18 +110,18 @@ def turned_away(
 
 
 def _derivatives(
-    field: NDArray[np.float64], apart: Sequence[NDArray[np.float64]] | None = None
+    field: NDArray[np.float64], apart: Sequence[NDArray[np.float64]]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """``[H, W]`` each, by x and by y: to the side of the nearer neighbour.
+    """``[H, W]`` each, by x and by y: to the side of the neighbour that is nearer in depth.
 
     ``apart``, along the axes 0 and 1, tells how far neighbours are from each other, NaN if they are
-    none; by default that is how much the field changes. So the edge of a surface, where one side is
-    another surface, does not count. Where there is no neighbour the derivative is 0.
+    none. So the edge of a surface, where one side is another surface, does not count. Where there
+    is no neighbour the derivative is 0.
     """
 
     def along(axis: int) -> NDArray[np.float64]:
         step = np.diff(field, axis=axis)
-        distance = np.abs(step) if apart is None else apart[axis]
+        distance = apart[axis]
         step = np.where(np.isnan(distance), np.nan, step)
         nothing = np.full_like(field.take([0], axis), np.nan)
         before, after = np.concatenate([nothing, step], axis), np.concatenate([step, nothing], axis)

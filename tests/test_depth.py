@@ -232,6 +232,13 @@ def test_a_board_hides_what_it_moves_before() -> None:
     np.testing.assert_array_equal(occluded(depth, motion), expected)
 
 
+@pytest.mark.parametrize("shift", [-1.5, 1.5, -2.0])
+def test_of_the_nearest_nothing_is_hidden_not_even_its_edge(shift: float) -> None:
+    """The wall beside the leading edge goes the other way, seen from the board."""
+    depth, motion = board(shift)
+    assert not occluded(depth, motion)[depth == 1].any()
+
+
 def test_what_comes_near_hides_without_holes() -> None:
     depth, motion = board(0, -0.5)  # twice as large
     rows, columns = np.mgrid[0:40, 0:40]
