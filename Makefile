@@ -7,6 +7,8 @@ RUN := eval "$$($(PYTHON_IN_VENV) -m fpt_ros.environment)" && $(PYTHON_IN_VENV)
 LINTED := fpt_model fpt_ros sim training launch benchmarks tests tools/bootstrap tools/run_entry_point setup.py
 PYTEST_ARGS ?=
 
+# The wheels have Fast DDS alone.
+unexport RMW_IMPLEMENTATION
 # A sourced ROS installation and the wheels crash when mixed.
 ifdef ROS_DISTRO
 unexport AMENT_PREFIX_PATH CMAKE_PREFIX_PATH LD_LIBRARY_PATH PYTHONPATH

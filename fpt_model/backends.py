@@ -67,6 +67,16 @@ def open_engine(
             raise ValueError(f"{name} must be one of {', '.join(choices)}, received {value!r}")
     if not providers or len(set(providers)) != len(providers):
         raise ValueError(f"providers must name each provider once, received {list(providers)}")
+    idle = None  # what was asked for and would do nothing
+    if chosen == "torch" and tuple(providers) != ("cpu",):
+        idle = f"providers {', '.join(providers)}: they are ONNX Runtime's, which needs graphs"
+        idle += f"; PyTorch runs on device {device}"
+    elif chosen == "onnxruntime" and compile:
+        idle = "compile: it is PyTorch's, and ONNX Runtime runs graphs"
+    if idle is not None:
+        if strict:
+            raise BackendError(f"cannot use {idle}")
+        _log.warning("not used: %s", idle)
     if chosen == "onnxruntime":
         try:
             engine = _open_onnx(model, device, precision, graphs, providers, strict)

@@ -241,9 +241,13 @@ def save_model(
         for k, v in model.state_dict().items()
     }
     partial = path.with_name(path.name + ".partial")
-    save_file(state, partial, {_CONFIG_KEY: json.dumps(model.config.to_dict())})
-    partial.chmod(0o644)  # safetensors makes files that only their owner can read
-    partial.replace(path)
+    try:
+        save_file(state, partial, {_CONFIG_KEY: json.dumps(model.config.to_dict())})
+        partial.chmod(0o644)  # safetensors makes files that only their owner can read
+        partial.replace(path)
+    except BaseException:  # also SIGTERM's SystemExit
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def from_reference(

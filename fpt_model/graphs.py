@@ -119,7 +119,8 @@ class Manifest:
     @classmethod
     def read(cls, folder: str | Path) -> Manifest:
         """BackendError when there is none, or none that this version can use."""
-        path = Path(folder) / MANIFEST
+        folder = Path(folder).expanduser()
+        path = folder / MANIFEST
         how = "fpt export --model MODEL --out FOLDER writes one"
         try:
             content: dict[str, Any] = json.loads(path.read_text())

@@ -16,7 +16,7 @@ from sensor_msgs.msg import CameraInfo, Image
 from std_msgs.msg import Header
 
 from fpt_model.depth import DEPTH_FORMATS, Depth, DepthError, Intrinsics
-from fpt_ros.history import format_stamp, stamp_ns
+from fpt_ros.history import format_stamp, stamp_ns, was_set_back
 from fpt_ros.images import ImageError, image_to_array
 from fpt_ros.pokes import Size
 
@@ -101,9 +101,20 @@ class DepthHistory:
         self._heard_s = -math.inf
 
     def add(self, msg: Image) -> None:
-        """Hold one as the newest."""
+        """Hold one as the newest; alone, where the clock was set back."""
+        if self._latest and was_set_back(self._latest[-1].header, msg.header):
+            self._latest.clear()
         self._latest.append(msg)
         self._heard_s = time.monotonic()
+
+    def set_back(self, before: Header, now: Header) -> None:
+        """Drop all if it is of the time ``before`` the images' clock was set back to ``now``.
+
+        Nothing if depth of the new time came before the image that tells of it.
+        """
+        middle = (stamp_ns(before) + stamp_ns(now)) // 2
+        if self._latest and stamp_ns(self._latest[-1].header) >= middle:
+            self._latest.clear()
 
     @property
     def alive(self) -> bool:

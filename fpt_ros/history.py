@@ -26,6 +26,19 @@ def stamp_ns(header: Header) -> int:
     return int(header.stamp.sec) * 1_000_000_000 + int(header.stamp.nanosec)
 
 
+_SET_BACK_NS = 500_000_000  # less is disorder on the way
+
+
+def was_set_back(before: Header, now: Header) -> bool:
+    """Whether the clock was, between two messages of a topic: a bag or a simulation began again.
+
+    What came before is then of another time, whatever its stamps are near to. Without stamps
+    nothing can be told.
+    """
+    ns = stamp_ns(now)
+    return 0 < ns < stamp_ns(before) - _SET_BACK_NS
+
+
 def format_stamp(ns: int) -> str:
     """Nanoseconds as seconds, exactly, unlike a float."""
     return f"{ns // 1_000_000_000}.{ns % 1_000_000_000:09d} s"
@@ -80,9 +93,20 @@ class ImageHistory:
         self._encoded: deque[HeldImage] = deque()
         self._scenes = scenes
 
-    def add(self, image: HeldImage) -> None:
-        """Hold an image as the newest."""
+    def add(self, image: HeldImage) -> Header | None:
+        """Hold an image as the newest.
+
+        Where the clock was set back none of those before is held any more; then the header of the
+        last one of them is returned.
+        """
+        before = self._latest[-1].header if self._latest else None
+        if before is not None and not was_set_back(before, image.header):
+            before = None
+        if before is not None:
+            self._latest.clear()
+            self._encoded.clear()
         self._latest.append(image)
+        return before
 
     def find(self, ns: int) -> HeldImage | None:
         """The image with this stamp; of several (a bag that loops repeats them) the newest."""

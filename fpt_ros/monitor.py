@@ -43,7 +43,8 @@ from its stamp to its last output."""
 
 _WINDOW = 100  # latest times that the figures are taken over
 _LOG_INTERVAL_S = 1.0  # between two log lines about the same kind of error
-_SILENCE_S = 2.0  # without an image, after which that is worth a warning
+_SILENCE_S = 2.0  # without an image, after which that is worth a warning: a camera may be slower,
+_PERIODS = 3.0  # then it is so many times what images lately took to come
 
 
 class Monitor:
@@ -62,6 +63,7 @@ class Monitor:
         self._times_ms: dict[str, deque[float]] = {name: deque(maxlen=_WINDOW) for name in TIMES}
         self._logged_at: dict[str, float] = {}
         self._image_at = -math.inf
+        self._periods_s: deque[float] = deque(maxlen=5)  # between the latest images
         self.model_ms = 0.0  # all time of MODEL_STAGES so far
         self._at_work: dict[str, float] = {}  # stages, and when they began
         self._last_error = ""
@@ -81,7 +83,11 @@ class Monitor:
     def image_received(self) -> None:
         """Count an image, and note that the camera is alive."""
         self.count("images received")
-        self._image_at = time.monotonic()
+        now = time.monotonic()
+        with self._lock:
+            if self._image_at > -math.inf:
+                self._periods_s.append(now - self._image_at)
+            self._image_at = now
 
     def remember_error(self, kind: str, text: str) -> None:
         """Count and remember an error that is logged elsewhere."""
@@ -163,7 +169,7 @@ class Monitor:
                 message = (
                     f"{future} images stamped ahead of the clock; how old they are is not known"
                 )
-            elif now - self._image_at > _SILENCE_S:
+            elif now - self._image_at > self._silence_s():
                 message = "no image received; check topic and QoS"
                 if self._image_at > -math.inf:
                     message = f"no image for {now - self._image_at:.0f} s; is the camera running?"
@@ -184,6 +190,11 @@ class Monitor:
             hardware_id=hardware_id,
             values=[KeyValue(key=k, value=v) for k, v in values.items()],
         )
+
+    def _silence_s(self) -> float:
+        """How long no image may come without a word: not for nothing, of a slow camera."""
+        period = statistics.median(self._periods_s) if self._periods_s else 0.0
+        return max(_SILENCE_S, _PERIODS * period)
 
     def _due(self, kind: str) -> bool:
         """Whether it is time to log about ``kind`` (again), which is then taken as done."""

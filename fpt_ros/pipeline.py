@@ -229,8 +229,9 @@ class Answer:
     @cached_property
     def flow_color(self) -> NDArray[np.uint8]:
         """The flow as colours ``[h, w, 3]``, its largest vector fully saturated."""
+        flow = self.flow  # computed in stages of its own
         with self._stage("draw"):
-            return flow_to_color(self.flow)
+            return flow_to_color(flow)
 
     @cached_property
     def overlay(self) -> NDArray[np.uint8]:

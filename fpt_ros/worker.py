@@ -232,12 +232,14 @@ class Worker:
 
     def _take_up(self, batch: Batch) -> bool:
         """Hold what arrived; whether there is a new image to be answered, the current one."""
-        for image in batch.images:
-            self._history.add(image)
-        self._pending += batch.images
         for msg in batch.depths:
             if self._depths is not None:
                 self._depths.add(msg)
+        for image in batch.images:
+            before = self._history.add(image)
+            if before is not None and self._depths is not None:
+                self._depths.set_back(before, image.header)
+            self._pending.append(image)
         # the newest that has its depth; if none has, the newest that need not wait for it any more
         ready = [held for held in self._pending if not self._awaits_depth(held)]
         if not ready:

@@ -39,7 +39,7 @@ def generate_launch_description() -> LaunchDescription:
                 "rviz",
                 default_value="false",
                 choices=["true", "false"],
-                description="Show images and outputs in RViz (package rviz2).",
+                description="Show images and outputs in RViz, from the package rviz2.",
             ),
             DeclareLaunchArgument(
                 "poke",

@@ -225,6 +225,16 @@ def test_video_as_json_is_one_line_a_frame(run, folder):
         (["box.mp4", "--poke", "1,2,3,4", "--out", "{}/o.png"], ["o.png", ".mp4"]),
         (["box.mp4", "--poke", "1,2,3,4"], ["box.mp4", "is a video", "--out"]),
         (["box.mp4", "--poke", "1,2,3,4", "--out", "{}/box.mp4"], ["would overwrite", "box.mp4"]),
+        (["box.png", "--poke", "1,2,3,4", "--ply", "{}/box.png"], ["--ply would overwrite", "box"]),
+        (
+            ["box.png", "--poke", "1,2,3,4", "--depth", "{}/box.mp4", "--out", "{}/box.mp4"],
+            ["--out would overwrite", "box.mp4"],
+        ),
+        (
+            ["box.png", "--poke", "1,2,3,4", "--out", "{}/o.png", "--ply", "{}/o.png"],
+            ["--ply would overwrite", "o.png"],
+        ),
+        (["box.png", "--poke", "1,2,3,4,nan"], ["x,y,dx,dy,dz", "dz in m or left out"]),
         (["box.png", "--poke", "1,2,3,4,0.5"], ["dz=0.5", "fpt-tiny is planar"]),
     ],
 )

@@ -350,6 +350,22 @@ def test_the_real_providers_are_read_back(
     assert {record.levelno for record in caplog.records} == {logging.WARNING}
 
 
+def test_what_does_nothing_for_the_chosen_backend_is_told(
+    small: Exported, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A GPU asked for by providers and graphs forgotten would be a silent fallback to the CPU."""
+    cuda = {"providers": ["cuda", "cpu"]}
+    with pytest.raises(BackendError, match=r"cannot use providers cuda, cpu: they are ONNX Runtim"):
+        FlowPredictor(small.model, strict=True, **cuda)  # type: ignore[arg-type]
+    assert FlowPredictor(small.model, **cuda).backend == "torch"  # type: ignore[arg-type]
+    assert "not used: providers cuda, cpu" in caplog.text
+    with pytest.raises(BackendError, match="cannot use compile: it is PyTorch's"):
+        small.predictor(compile=True)
+    caplog.clear()
+    assert small.predictor(compile=True, strict=False).backend == "onnxruntime"
+    assert "not used: compile" in caplog.text
+
+
 def test_a_device_that_no_provider_runs_on_is_told(
     small: Exported, caplog: pytest.LogCaptureFixture
 ) -> None:

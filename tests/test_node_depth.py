@@ -717,6 +717,33 @@ def test_the_nearest_stamp_counts() -> None:
     assert "the nearest is 30 ms away" in history.describe(header(0), 20.0)
 
 
+def test_depth_of_before_the_clock_was_set_back_is_no_image_s() -> None:
+    """A bag or a simulation that starts again has the same stamps for other pictures."""
+
+    def header(ms: int) -> Header:
+        return Header(stamp=Stamp(sec=ms // 1000, nanosec=ms % 1000 * 10**6))
+
+    early, late = header(1000), header(9000)
+    held = DepthHistory(30)
+    for ms in (1000, 1030, 8970, 9000):
+        held.add(Image(header=header(ms)))
+    # the image is the first to tell: neither is the old one found, nor the new one not waited for
+    held.set_back(late, early)
+    assert not held.settled(early)
+    assert held.find(early, 20.0) is None
+    # depth is: only what is new is held, also when the image comes after it
+    again = Image(header=early)
+    held.add(Image(header=late))
+    held.add(again)
+    held.set_back(late, early)
+    assert held.find(early, 20.0) is again
+    assert held.find(header(1030), 20.0) is None
+    # disorder on the way is no other time
+    held.add(Image(header=header(1100)))
+    held.add(Image(header=header(1030)))
+    assert held.find(header(1100), 0.0) is not None
+
+
 def test_intrinsics_are_those_of_the_rectified_camera() -> None:
     assert camera_intrinsics(camera_info(), SIZE) == CAMERA
 

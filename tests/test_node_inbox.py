@@ -136,10 +136,15 @@ def test_images_are_encoded_once_and_scenes_outlast_images(predictor: FlowPredic
     assert encoded == [1, 5, 6]
     assert held[0].view is None
     assert history.find(10**9) is None
-    # a bag that loops: the newest of the same stamp
-    again = HeldImage(image(6))
-    history.add(again)
-    assert history.find(6 * 10**9) is again
+    # of the same stamp the newest
+    again = HeldImage(image(7))
+    assert history.add(again) is None
+    assert history.find(7 * 10**9) is again
+    # a bag that starts again: what its stamps would name is of another time
+    start = HeldImage(image(3))
+    assert history.add(start) == again.header
+    assert history.find(3 * 10**9) is start
+    assert [history.find(sec * 10**9) for sec in (5, 6, 7)] == [None] * 3
 
 
 def test_an_image_that_cannot_be_read_is_tried_once(predictor: FlowPredictor) -> None:

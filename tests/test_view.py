@@ -251,6 +251,8 @@ def test_duration_ends_it_where_nothing_comes(tmp_path: Path) -> None:
         (["{in}", "--out", "{tmp}/v.mcap"], ["v.mcap", ".rrd"]),
         (["{in}", "--out", "{tmp}/no/v.rrd"], ["no/v.rrd", "existing folder"]),
         (["{tmp}/none", "--out", "{tmp}/v.rrd"], ["none", "does not exist"]),
+        (["{in}", "--out", "{tmp}/v.rrd", "--connect", "rerun+http://h"], ["received both"]),
+        (["{in}", "--out", "{tmp}/v.rrd", "--duration", "1"], ["for live topics"]),
         (["{in}", "--out", "{tmp}/v.rrd"], ["none of /image,", "it has: /chatter (std_msgs/msg/S"]),
         (
             ["{in}", "--image", "/chatter", "--out", "{tmp}/v.rrd"],
@@ -268,6 +270,16 @@ def test_a_users_mistake_is_one_line_and_exit_2(
     assert (code, stdout, stderr.count("\n")) == (2, "", 1)
     for word in ("fpt: error: ", *words):
         assert word in stderr
+    assert not (tmp_path / "v.rrd").exists()
+
+
+def test_a_recording_that_is_there_stays(run, tmp_path: Path) -> None:
+    source = write_bag(tmp_path / "in", [Entry(0, "/chatter", String())])
+    (tmp_path / "v.rrd").write_bytes(b"mine")
+    code, _, stderr = run(source, "--out", tmp_path / "v.rrd")
+    assert code == 2
+    assert "exists already" in stderr
+    assert (tmp_path / "v.rrd").read_bytes() == b"mine"
 
 
 def test_images_without_a_stamp_are_refused() -> None:

@@ -17,7 +17,8 @@ def _numbers(text: str, names: str, what: str) -> list[float]:
     except ValueError:
         values = []
     if len(values) != len(names.split(",")) or not all(map(math.isfinite, values)):
-        raise UserError(f"{what} must be {names} as finite numbers in px, received {text!r}")
+        unit = ", dz in m or left out," if "dz" in names else ""
+        raise UserError(f"{what} must be {names} as finite numbers in px{unit} received {text!r}")
     return values
 
 

@@ -129,8 +129,7 @@ def predict(
     frames = Frames(image)
     if frames.is_video and not (out or as_json):
         raise UserError(f"{str(image)!r} is a video: expected --out overlay.mp4, or --json")
-    if out and out.exists() and out.samefile(image):
-        raise UserError(f"--out would overwrite what is read, {str(image)!r}")
+    _refuse_overwriting({"--out": out, "--ply": ply}, [image, depth])
     writer = FramesWriter(out, frames.is_video, frames.fps) if out else None
 
     from fpt_ros.pipeline import Answer, Settings, View
@@ -148,8 +147,7 @@ def predict(
     check_dz(pokes.dz, predictor.config)
     settings = Settings(camera_static=not moving_camera, full_resolution=False)
     measured = _depth(depth, intrinsics, ply, view, frames, predictor.config)
-    if ply or view:
-        settings = replace(settings, dense_size=parse_grid(ply_grid))
+    shown_size = parse_grid(ply_grid)
 
     with (
         writer or nullcontext(),
@@ -170,7 +168,8 @@ def predict(
             if writer:
                 writer.write(_overlay(answer))
             if ply or view:
-                columns = scene_columns(answer)
+                finer = replace(settings, dense_size=shown_size)
+                columns = scene_columns(Answer(predictor, seen, pokes, queries, finer))
             if ply:
                 _write_ply(ply, columns)
     for path in (out, ply):
@@ -178,6 +177,17 @@ def predict(
             print(f"wrote {path}")
     if view:
         show(columns)
+
+
+def _refuse_overwriting(written: dict[str, Path | None], read: list[Path | None]) -> None:
+    others = [path for path in read if path is not None]
+    for option, path in written.items():
+        if path is None:
+            continue
+        for other in others:
+            if path == other or (path.exists() and other.exists() and path.samefile(other)):
+                raise UserError(f"{option} would overwrite {str(other)!r}, which is in use already")
+        others.append(path)
 
 
 def _depth(

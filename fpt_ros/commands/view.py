@@ -91,9 +91,21 @@ def view(
     chosen = {"image": image, "camera_info": camera_info, "pokes": "pokes"}
     chosen |= {name: name for name in TYPES if name in names}
     topics = {name: full_name(topic, namespace) for name, topic in chosen.items()}
+    if out is not None and connect is not None:
+        raise UserError("expected --out or --connect, received both")
+    if source and (compressed or duration is not None):
+        raise UserError("--compressed and --duration are for live topics, received bags, too")
+    if out is not None and out.exists():
+        raise UserError(f"--out {str(out)!r} exists already; move it away first")
     if source:
         recording = _recording(out, connect)
-        _show_bags(source, topics, recording)
+        try:
+            _show_bags(source, topics, recording)
+        except UserError:
+            rr.disconnect(recording)
+            if out is not None:
+                out.unlink(missing_ok=True)
+            raise
         try:
             recording.flush(timeout_sec=FLUSH_S)
         except RuntimeError as error:
