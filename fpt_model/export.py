@@ -33,6 +33,7 @@ from fpt_model.model import FlowPokeTransformer, ImageFeatures
 
 OPSET = 18  # grid_sample needs 16; 18 is what torch's exporter writes without converting
 _BLOCK = 32  # weights that share a scale in "int8"
+_UNFINISHED = ".unfinished"  # folder of an export at work
 _LARGEST_FILE = 1536 * 2**20  # bytes; torch puts more into a second file, which nothing verifies
 
 
@@ -117,29 +118,38 @@ def export(
     identity = model_sha256(model)
     out.mkdir(parents=True, exist_ok=True)
     graph_files = {_file_name(half, precision) for half in HALVES for precision in PRECISIONS}
-    ours = {MANIFEST, tensorrt.FOLDER, *graph_files}
+    unfinished = out / _UNFINISHED
+    ours = {MANIFEST, tensorrt.FOLDER, unfinished.name, *graph_files}
     foreign = sorted(p.name for p in out.iterdir() if p.name not in ours)
     if foreign:
         raise ValueError(
             f"expected an empty folder or an earlier export, {str(out)!r} holds {foreign[0]!r}"
         )
-    (out / MANIFEST).unlink(missing_ok=True)  # while graphs and manifest do not belong together
-    shutil.rmtree(out / tensorrt.FOLDER, ignore_errors=True)
-    for name in graph_files:
-        (out / name).unlink(missing_ok=True)
-
-    graphs: dict[str, dict[Half, Graph]] = {}
-    for precision in sorted(set(precisions), key=PRECISIONS.index):
-        files = {half: out / _file_name(half, precision) for half in HALVES}
-        if precision == "int8" and "fp32" in graphs:
-            for half, path in files.items():
-                shutil.copy(out / graphs["fp32"][half].file, path)
-        else:
-            _write(model, torch.float16 if precision == "fp16" else torch.float32, files)
-        if precision == "int8":
-            for path in files.values():
-                _quantize_weights(path)
-        graphs[precision] = {half: _describe(path) for half, path in files.items()}
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir()
+    try:
+        graphs: dict[str, dict[Half, Graph]] = {}
+        for precision in sorted(set(precisions), key=PRECISIONS.index):
+            files = {half: unfinished / _file_name(half, precision) for half in HALVES}
+            if precision == "int8" and "fp32" in graphs:
+                for half, path in files.items():
+                    shutil.copy(unfinished / graphs["fp32"][half].file, path)
+            else:
+                _write(model, torch.float16 if precision == "fp16" else torch.float32, files)
+            if precision == "int8":
+                for path in files.values():
+                    _quantize_weights(path)
+            graphs[precision] = {half: _describe(path) for half, path in files.items()}
+        # the earlier export stays until here; while graphs and manifest do not belong together
+        # there is none
+        (out / MANIFEST).unlink(missing_ok=True)
+        shutil.rmtree(out / tensorrt.FOLDER, ignore_errors=True)
+        for name in graph_files:
+            (out / name).unlink(missing_ok=True)
+        for path in unfinished.iterdir():
+            path.replace(out / path.name)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
     manifest = Manifest(
         folder=out,
         model=model.config.name,

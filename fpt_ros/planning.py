@@ -33,6 +33,7 @@ _DIRECTIONS = 8  # in which a part without a given motion is pushed to find out 
 _PUSH = 4.0  # tolerances, the length of such a push
 _OFF_PART = 0.1  # how seldom positions off the part are tried, compared with those on it
 _CHECKS = 128  # draws behind a plausibility
+MAX_KEEP = 64  # points: all hypotheses are drawn from at each, while no other plan is made
 _ENTROPY_DRAWS = 128  # behind an entropy, many of which are averaged
 _NEARER = 0.03  # relative difference of depth by which one thing is in front of another
 _ON_THE_WAY = 8  # points of a poke's way at which something may be in front
@@ -48,11 +49,11 @@ class Goal:
             :func:`motion_in_space` has it; None: wherever its part goes.
         tolerance: a point that ends this near to where it should be is there; a point that moves
             less than this stays.
-        keep: ``[M, 2]``, points that must stay.
+        keep: ``[M, 2]``, points that must stay, at most ``MAX_KEEP``.
         keep_out: ``[N, 3]``, discs (x, y, radius) in which no poke may begin.
 
     Raises:
-        RequestError: for values that are not finite, motion or radii not positive.
+        RequestError: for values that are not finite, motion or radii not positive, more points.
     """
 
     point: Array
@@ -66,6 +67,10 @@ class Goal:
             value = getattr(self, name)
             if value is not None and not np.isfinite(value).all():
                 raise RequestError(f"{name} must be finite, received {np.asarray(value).tolist()}")
+        if len(self.keep) > MAX_KEEP:
+            raise RequestError(
+                f"keep must hold at most {MAX_KEEP} points, received {len(self.keep)}"
+            )
         if self.motion is not None and not np.linalg.norm(self.motion) > 0:
             raise RequestError(f"motion must not be zero, received {self.motion.tolist()}")
         _check_tolerance(self.tolerance)

@@ -192,6 +192,8 @@ class Worker:
         requests = [*self._waiting, *batch.requests]
         self._waiting = []
         for request in requests:
+            if self._is_cancelled(request):
+                continue
             try:
                 held = newest if request.stands else self._find(request)
                 if request.stands:
@@ -254,14 +256,20 @@ class Worker:
         self._current = chosen
         return True
 
+    def _is_cancelled(self, request: Request) -> bool:
+        """Whether nobody wants its answer any more; ended then."""
+        if not request.cancelled():
+            return False
+        self._monitor.count(f"{request.kind} cancelled")
+        request.done(RequestError("cancelled"))
+        return True
+
     def work_off(self, until_s: float) -> None:
         """Services and actions in turns: one step, and more until ``until_s`` (monotonic)."""
         while self._jobs and not self._inbox.closed:
             request, steps = self._jobs.popleft()
             try:
-                if request.cancelled():
-                    self._monitor.count(f"{request.kind} cancelled")
-                    request.done(RequestError("cancelled"))
+                if self._is_cancelled(request):
                     continue
                 feedback = next(steps)
                 if feedback is not None:

@@ -350,6 +350,7 @@ def test_exploring_prefers_what_is_uncertain_and_tells_of_much() -> None:
         ({"motion": np.array([np.inf, 0])}, "motion must be finite, received [inf, 0.0]"),
         ({"tolerance": 0.0}, "tolerance must be > 0 px, received 0"),
         ({"keep": np.array([[5.0, 120.0]])}, "point to keep 0 of 1 at x=5, y=120 px lies outside"),
+        ({"keep": np.ones((65, 2))}, "keep must hold at most 64 points, received 65"),
         ({"keep_out": np.array([[5.0, 5.0, -1.0]])}, "must be > 0 px, received [-1.0]"),
         ({"keep_out": np.array([[100.0, 50.0, 1e3]])}, "keep_out leaves no place to poke"),
     ],
