@@ -21,6 +21,7 @@ import logging
 import os
 import platform
 import re
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -160,6 +161,18 @@ def markdown(results: dict[str, Any]) -> str:
     )
 
 
+def other_rows(path: Path, results: dict[str, Any], variants: Sequence[str]) -> list[Any]:
+    """Of the table that is there, the rows of other variants; ValueError if made otherwise."""
+    earlier = json.loads(path.read_text())
+    for name, value in results.items():
+        if name not in ("rows", "date", "machine") and earlier.get(name) != value:
+            raise ValueError(
+                f"{path} has rows of {name} {earlier.get(name)!r}, expected {value!r}: give "
+                "another --table"
+            )
+    return [row for row in earlier["rows"] if row["name"] not in variants]
+
+
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(
@@ -171,9 +184,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--variants", nargs="+", default=[], metavar="NAME", help="default: all")
     parser.add_argument("--list", type=Path, default=HERE / "ablations.yaml", help="of variants")
     parser.add_argument("--scenes", type=int, default=250, help="that each is measured on")
-    parser.add_argument("--out", type=Path, default=Path("runs/ablations"), help="for the runs")
-    parser.add_argument("--table", type=Path, default=HERE / "ablations.md", help="and .json")
-    parser.add_argument("--quick", action="store_true", help=f"{QUICK_STEPS} steps, a few scenes")
+    parser.add_argument("--out", type=Path, help="for the runs; default: runs/ablations")
+    parser.add_argument("--table", type=Path, help="and .json; default: benchmarks/ablations.md")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help=f"{QUICK_STEPS} steps, a few scenes; by default in a temporary folder",
+    )
     parser.add_argument(
         "--set", nargs="+", default=[], metavar="SECTION.KEY=VALUE", help="for all runs"
     )
@@ -181,6 +198,11 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     keep_freed_memory()
     steps = QUICK_STEPS if args.quick else args.steps
+    if args.quick:
+        elsewhere = Path(tempfile.mkdtemp(prefix="ablations-"))
+        runs, written = args.out or elsewhere, args.table or elsewhere / "ablations.md"
+    else:
+        runs, written = args.out or Path("runs/ablations"), args.table or HERE / "ablations.md"
     overrides = [*(QUICK if args.quick else ()), *args.set]
     variants = load_variants(args.list, args.variants)
     # all of them first: a mistake in the last one is found before the first one is trained
@@ -202,13 +224,14 @@ def main(argv: list[str] | None = None) -> None:
         "scenes": evaluation.suite.scenes,
         "rows": [],
     }
+    if args.variants and written.with_suffix(".json").is_file():
+        results["rows"] = other_rows(written.with_suffix(".json"), results, args.variants)
     for variant, config in zip(variants, configs, strict=True):
-        out = args.out / variant.folder
-        figures = run_variant(config, evaluation, args.data, origin, out)
+        figures = run_variant(config, evaluation, args.data, origin, runs / variant.folder)
         results["rows"].append({**asdict(variant), **figures})
-        args.table.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
-        args.table.write_text(markdown(results))
-    print(args.table.read_text())
+        written.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
+        written.write_text(markdown(results))
+    print(written.read_text())
 
 
 if __name__ == "__main__":

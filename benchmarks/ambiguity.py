@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from sim.dataset import Settings, StoredSample, replay
 from training.data import Shards
+from training.evaluation.depth import check_drawn_again
 from training.evaluation.measure import (
     FloatArray,
     Row,
@@ -53,7 +54,9 @@ def further_flow(
     """``[S, C, 2]``: other continuations of the picture at the points of `scene`."""
     world = replay(split, number, settings).world
     rng = np.random.default_rng([1, number])
-    futures = [world.sample_future(rng) for _ in range(FURTHER)]
+    futures = [
+        world.sample_future(rng, wide_probability=settings.wide_probability) for _ in range(FURTHER)
+    ]
     other = replace(
         sample,
         body_motion=np.stack([f.body_motion for f in futures]),
@@ -87,6 +90,7 @@ def measured(data: Path, split: str, count: int, model: str) -> list[list[object
     shards = open_shards(data, split)
     if not isinstance(shards, Shards):
         raise ValueError(f"{data} has clips for {split!r}, expected simulated shards")
+    check_drawn_again(shards, split)
     settings = Settings(**shards.manifest["settings"])
     ours, bounds = [], []
     found = islice(ambiguous_scenes(shards), count)

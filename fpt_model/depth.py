@@ -112,12 +112,17 @@ class Intrinsics:
 
 @dataclass(frozen=True, eq=False)
 class Depth:
-    """The registered depth of an image. DepthError if there is none in it."""
+    """The registered depth of an image. DepthError if there is none in it, or one not above 0."""
 
     metres: NDArray[np.float32]  # [H, W], NaN where unknown
     intrinsics: Intrinsics
 
     def __post_init__(self) -> None:
+        if not np.all(np.isnan(self.metres) | (self.metres > 0)):
+            raise DepthError(
+                "depth must be above 0 m, and NaN where it is unknown, received "
+                f"{np.nanmin(self.metres):g} m"
+            )
         if not np.isfinite(self.metres).any():
             raise DepthError(f"none of the {self.metres.size} px has a valid depth")
 
@@ -132,7 +137,8 @@ class Depth:
         Nothing is interpolated: between an object and what is behind it there is nothing.
         """
         height, width = self.size
-        cell = np.floor(np.nan_to_num(np.asarray(xy, np.float64)) + 0.5).astype(np.intp)
-        column, row = np.moveaxis(np.clip(cell, 0, [width - 1, height - 1]), -1, 0)
+        cell = np.floor(np.nan_to_num(np.asarray(xy, np.float64)) + 0.5)
+        inside = np.clip(cell, 0, [width - 1, height - 1]).astype(np.intp)
+        column, row = np.moveaxis(inside, -1, 0)
         found = self.metres[row, column]  # the outer border belongs to the last pixels
         return np.where(inside_image(xy, self.size), found, np.nan).astype(np.float64)

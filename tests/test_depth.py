@@ -154,6 +154,8 @@ def test_depth_is_read_at_the_pixel_and_never_between_two() -> None:
     np.testing.assert_array_equal(depth.at(xy), [1, 1, 2, 4, np.nan, 1, np.nan, np.nan])
     with pytest.raises(DepthError, match="none of the 6 px"):
         Depth(np.full((2, 3), np.nan, np.float32), CAMERA)
+    with pytest.raises(DepthError, match=r"above 0 m, and NaN .*, received -0\.5 m"):
+        Depth(np.array([[1.0, -0.5, np.nan]], np.float32), CAMERA)
 
 
 @pytest.mark.parametrize("wrong", [(0, 1, 1, 1), (1, -1, 1, 1), (1, 1, np.nan, 1)])

@@ -424,7 +424,11 @@ def test_mistakes_are_named(fpt_eval: Any, data: Path, model: Path, tmp_path: Pa
         (("--suite", "procedural", "--data", tmp_path), "--split val"),
         (
             ("--suite", "procedural", "--quick", "--save-threshold", "--model", shipped),
-            "not for a shipped model",
+            "needs 250 scenes or more and no --quick",
+        ),
+        (
+            ("--suite", "procedural", "--scenes", 3, "--save-threshold", "--model", shipped),
+            "received 3 scenes",
         ),
     ):
         result = fpt_eval(*arguments)

@@ -152,6 +152,22 @@ def test_a_folder_of_other_things_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
 
 
+def test_an_export_that_fails_leaves_the_earlier_one(
+    small: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "graphs"
+    shutil.copytree(small.folder, folder)
+
+    def full(*arguments: Any) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("fpt_model.export._describe", full)
+    with pytest.raises(OSError, match="No space left"):
+        export(small.model, folder)
+    assert {p.name for p in folder.iterdir()} == {p.name for p in small.folder.iterdir()}
+    assert FlowPredictor(small.model, graphs=folder, strict=True).backend == "onnxruntime"
+
+
 # --- against PyTorch -----------------------------------------------------------------------------
 
 SIZES = [(1, 0, 7), (1, 1, 1), (1, 5, 64), (3, 3, 10), (17, 0, 2), (2, 130, 1030)]

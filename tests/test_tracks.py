@@ -4,6 +4,7 @@
 import io
 import json
 import logging
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -240,11 +241,39 @@ def test_unusable_clips_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFi
     (scene,) = scenes(open_shards(tmp_path, "train"), suite, 0)
     assert scene.kind == "train-000002"
     assert "a clip of train-000001 is left out: it has 8 frames" in caplog.text
+    caplog.clear()
+    assert not list(scenes(open_shards(tmp_path, "train"), replace(suite, pokes=(1, 500)), 0))
+    assert "points are tracked to its end, expected more than the suite's 500 pokes" in (
+        caplog.text.replace("of its points", "points")
+    )
     (tmp_path / "train-000002.tar").unlink()
     with pytest.raises(
         UnusableSample, match="256 samples in a row are of no use, the last: a clip"
     ):
         ExampleDataset(open_shards(tmp_path, "train"), config)[0]
+
+
+@pytest.mark.parametrize("folder", ["", "./", "set.v1/", "./set.v1/a/"])
+def test_samples_are_told_apart_whatever_folder_they_are_in(tmp_path: Path, folder: str) -> None:
+    """As WebDataset does: a sample is named up to the first dot of the file's name."""
+    with tarfile.open(tmp_path / "train-000000.tar", "w") as tar:
+        for key in ("000", "001"):
+            for part in ("video.avi", "tracks.npy", "visibility.npy"):
+                tar.addfile(tarfile.TarInfo(f"{folder}{key}.{part}"))
+    shards = open_shards(tmp_path, "train")
+    assert isinstance(shards, TrackShards)
+    assert [shards.members(i) for i in range(len(shards))] == [
+        {"video.avi", "tracks.npy", "visibility.npy"}
+    ] * 2
+
+
+def test_many_points_are_followed() -> None:
+    """OpenCV maps fewer than 32,768 rows at once."""
+    frames = [cv2.cvtColor(picture(t), cv2.COLOR_RGB2GRAY) for t in range(2)]
+    xy = normalised_to_pixels(grid((200, 200)), (HEIGHT, WIDTH))
+    found = lucas_kanade(frames, xy)
+    some = np.arange(0, len(xy), 97)
+    np.testing.assert_allclose(found[:, some], lucas_kanade(frames, xy[some]), atol=1e-3)
 
 
 def test_simulated_shards_are_told_apart(tmp_path: Path) -> None:

@@ -550,6 +550,55 @@ def test_a_larger_model_goes_on_where_the_smaller_one_stopped(tmp_path: Path) ->
     assert (found - expected).abs().max() < 1e-5
 
 
+def test_a_run_goes_on_without_what_it_began_with(data: Path, run: Path, tmp_path: Path) -> None:
+    start = tmp_path / "start.safetensors"
+    shutil.copy(run / "model.safetensors", start)
+    config = replace(CONFIG, optim=replace(CONFIG.optim, start_from=str(start)))
+    first = train.Trainer(config, data, tmp_path / "run")
+    first.save()
+    start.unlink()
+    again = train.Trainer(config, data, tmp_path / "run")
+    for key, value in first.learner.state_dict().items():
+        assert torch.equal(again.learner.state_dict()[key], value), key
+    with pytest.raises(FileNotFoundError, match=r"no model .*start\.safetensors"):
+        train.Trainer(config, data, tmp_path / "other")
+
+
+def test_a_gradient_that_is_not_finite_reaches_no_weight(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = train.Trainer(CONFIG, data, tmp_path)
+    before = copy.deepcopy(trainer.learner.state_dict())
+    backward = trainer.fabric.backward
+
+    def broken(loss: torch.Tensor) -> None:
+        backward(loss)
+        next(p for p in trainer.learner.parameters() if p.grad is not None).grad.fill_(torch.nan)
+
+    monkeypatch.setattr(trainer.fabric, "backward", broken)
+    dataset = ExampleDataset(Shards(data, "train"), CONFIG)
+    with pytest.raises(FloatingPointError, match="gradient's norm is nan at step 0"):
+        trainer._train_step(next(load_batches(dataset, range(4), 4, workers=0)))
+    for key, value in trainer.learner.state_dict().items():
+        assert torch.equal(value, before[key]), key
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "message"),
+    [
+        ("data", {"min_crop": 0}, "min_crop must be > 0, received 0"),
+        ("optim", {"seed": -1}, "seed must be .*received -1"),
+        ("optim", {"seed": 1.5}, "seed must be .*received 1.5"),
+        ("optim", {"start_from": 3}, "start_from must be a name or a file, received 3"),
+    ],
+)
+def test_settings_that_would_fail_later_are_refused(
+    section: str, values: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        RunConfig.from_dict({section: values})
+
+
 def test_another_number_of_components_gets_a_new_last_layer(run: Path) -> None:
     model = larger(CONFIG, components=1)
     before = copy.deepcopy(model.state_dict())

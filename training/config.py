@@ -40,8 +40,9 @@ class DataConfig:
     # stored; None: as stored. Of simulated images only, as is near_futures
     moving_camera: float | None = None
     # image sides: an image's futures are drawn by weights in proportion to this plus their largest
-    # motion, so that the steps go where most of the error is; None: all alike. The weight
-    # depends on nothing that a poke where the motion is largest does not tell.
+    # motion, so that the steps go where most of the error is; None: all alike. Of what a poke where
+    # the motion is largest tells that changes nothing; what is expected without pokes, or with one
+    # anywhere, becomes farther than it is
     near_futures: float | None = None
     segment_points: int = 0  # points whose rigid body is told, for an auxiliary loss
     # motions
@@ -100,6 +101,8 @@ class DataConfig:
             *("colour", "light", "blur", "downscale", "noise", "jpeg"),
         ):
             _check_between(name, getattr(self, name))
+        if not self.min_crop:
+            raise ValueError("min_crop must be > 0, received 0")
         for name in ("target_noise", "poke_noise"):
             _check_between(name, getattr(self, name), math.inf)
         near = self.near_futures
@@ -167,7 +170,7 @@ class OptimConfig:
             raise ValueError(f'optimiser must be "adamw" or "muon", received {self.optimiser!r}')
         for name in ("batch_size", "steps", "checkpoint_every", "validate_every"):
             _check_whole(name, getattr(self, name), 1)
-        for name in ("warmup_steps", "frozen_encoder_stages"):
+        for name in ("warmup_steps", "frozen_encoder_stages", "seed"):
             _check_whole(name, getattr(self, name), 0)
         if self.decay_steps is not None:
             _check_whole("decay_steps", self.decay_steps, 0)
@@ -178,6 +181,8 @@ class OptimConfig:
             _check_between(name, getattr(self, name))
         if not isinstance(self.gradient_clip, int | float) or not self.gradient_clip > 0:
             raise ValueError(f"gradient_clip must be > 0, received {self.gradient_clip!r}")
+        if self.start_from is not None and not isinstance(self.start_from, str):
+            raise ValueError(f"start_from must be a name or a file, received {self.start_from!r}")
         if self.pretrained_encoder and self.start_from:
             raise ValueError(
                 "pretrained_encoder and start_from exclude each other, received "

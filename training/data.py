@@ -41,6 +41,16 @@ _CANDIDATES = 64  # points among which the one that moves most is found
 _MAX_FLOW = 1.0  # image sides; motions beyond (points that pass the camera) are not supervised
 
 
+def split_name(member: str) -> tuple[str, str]:
+    """The sample that a shard's member is of, and which part: at its file name's first dot.
+
+    As WebDataset has it: folders may have dots of their own.
+    """
+    folder, slash, name = member.rpartition("/")
+    stem, _, extension = name.partition(".")
+    return folder + slash + stem, extension
+
+
 class TarSamples:
     """Random access to the members of all WebDataset shards of a split, in a fixed order.
 
@@ -57,7 +67,7 @@ class TarSamples:
             with tarfile.open(file) as tar:
                 parts: dict[str, dict[str, tuple[int, int]]] = {}
                 for member in tar:
-                    key, _, extension = member.name.partition(".")
+                    key, extension = split_name(member.name)
                     parts.setdefault(key, {})[extension] = (member.offset_data, member.size)
             self._samples += [(number, entry) for entry in parts.values()]
 
@@ -208,13 +218,16 @@ def random_crop(
     """A crop with independent width and height; a third of the time the whole image.
 
     ``square``: with equal width and height, and the largest there is in place of the whole image.
+    With ``min_crop`` 1 it is the middle one.
     """
     height, width = size
     w, h = (min(size), min(size)) if square else (width, height)
     if rng.random() >= 1 / 3:
-        w, h = (round(s * rng.uniform(config.min_crop, 1)) for s in (w, h))
+        w, h = (max(1, round(s * rng.uniform(config.min_crop, 1))) for s in (w, h))
         w, h = (w, w) if square else (w, h)
     left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
+    if config.min_crop == 1:  # as for inference
+        left, top = (width - w) // 2, (height - h) // 2
     flip = bool(rng.random() < config.flip)
     turns = int(rng.integers(1, 4)) if rng.random() < config.quarter_turn else 0
     return Crop(left, top, w, h, flip, turns)

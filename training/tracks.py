@@ -57,6 +57,7 @@ from training.data import (
     observed,
     pick,
     random_crop,
+    split_name,
 )
 
 log = logging.getLogger("training")
@@ -69,6 +70,7 @@ STATIC_SHARE = 0.4  # of the points stand still where the camera does (the publi
 MIN_TRACKS = 32  # of a clip's first frame that are followed to its end
 
 _MEMBERS = 16  # a sample has fewer
+_REMAPPED = 30_000  # rows at most; OpenCV takes fewer than 32,767
 
 _WINDOW = (15, 15)  # px, of Lucas-Kanade
 _LEVELS = 4  # of its pyramid
@@ -188,8 +190,8 @@ def open_shards(folder: str | os.PathLike[str], split: str) -> Shards | TrackSha
     files = shard_files(folder, split)
     if files:
         with tarfile.open(files[0]) as tar:
-            names = [member.name.partition(".") for member in islice(tar, _MEMBERS)]
-        if any(key == names[0][0] and rest == "tracks.npy" for key, _, rest in names):
+            names = [split_name(member.name) for member in islice(tar, _MEMBERS)]
+        if any(key == names[0][0] and rest == "tracks.npy" for key, rest in names):
             return TrackShards(folder, split)
     return Shards(folder, split)
 
@@ -298,6 +300,9 @@ def _follow(frames: list[Image], xy: Array) -> Array:
 def _around(frame: Image, xy: Array) -> Array:
     """``[N, ...]``: the grey values around points ``[N, 2]``, of mean 0 and length 1."""
     steps = np.arange(-_AROUND, _AROUND + 1, dtype=np.float32)
+    if len(xy) > _REMAPPED:  # more rows OpenCV does not take
+        parts = np.split(xy, range(_REMAPPED, len(xy), _REMAPPED))
+        return np.concatenate([_around(frame, part) for part in parts])
     columns, rows = (xy[:, i, None].astype(np.float32) + steps for i in (0, 1))
     n = len(steps)
     values = cv2.remap(

@@ -177,6 +177,21 @@ def check_same_run(before: RunConfig, now: RunConfig) -> None:
         )
 
 
+def _initialise(model: FlowPokeTransformer, optim: OptimConfig) -> None:
+    """The weights that a new run begins with; ValueError if they are not said where they must."""
+    if isinstance(optim.pretrained_encoder, str):
+        load_encoder(model, optim.pretrained_encoder)
+    elif optim.pretrained_encoder:
+        load_pretrained_encoder(model)
+    elif model.encoder.convolutional and not optim.start_from:
+        raise ValueError(
+            "a convolutional encoder keeps the batch statistics it comes with and so needs "
+            "optim.pretrained_encoder = true or optim.start_from, received neither"
+        )
+    if optim.start_from:
+        start_from(model, optim.start_from)
+
+
 class Trainer:
     """One run: owns model, moving average, optimiser and the files in ``out``.
 
@@ -203,17 +218,8 @@ class Trainer:
         optim = config.optim
         torch.manual_seed(optim.seed)
         self.model = FlowPokeTransformer(config.model)
-        if isinstance(optim.pretrained_encoder, str):
-            load_encoder(self.model, optim.pretrained_encoder)
-        elif optim.pretrained_encoder:
-            load_pretrained_encoder(self.model)
-        elif self.model.encoder.convolutional and not optim.start_from:
-            raise ValueError(
-                "a convolutional encoder keeps the batch statistics it comes with and so needs "
-                "optim.pretrained_encoder = true or optim.start_from, received neither"
-            )
-        if optim.start_from:
-            start_from(self.model, optim.start_from)
+        if not self.checkpoint.is_file():  # which has all weights; what they began with may be gone
+            _initialise(self.model, optim)
         freeze_stages(self.model, optim.frozen_encoder_stages)
         self.learner = Learner(self.model).to(self.fabric.device)
         self.average = copy.deepcopy(self.learner).eval().requires_grad_(False)
@@ -376,7 +382,9 @@ class Trainer:
         self.learner.zero_grad(set_to_none=True)
         self.fabric.backward(loss)
         # of all parameters together, whichever optimiser has them
-        nn.utils.clip_grad_norm_(self.learner.parameters(), optim.gradient_clip)
+        norm = nn.utils.clip_grad_norm_(self.learner.parameters(), optim.gradient_clip)
+        if not torch.isfinite(norm):  # before the weights, and a checkpoint of them, are lost
+            raise FloatingPointError(f"the gradient's norm is {norm:g} at step {self.step}")
         for stepper in self.steppers:
             stepper.step()
         decay = min(optim.ema_decay, (1 + self.step) / (10 + self.step))

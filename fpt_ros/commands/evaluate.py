@@ -92,9 +92,11 @@ def evaluate(
         folder = out or Path("evaluation") / chosen.name
         path = resolve_model(model)
         shipped = path.resolve().parent in [f.resolve() for f in shipped_model_folders()]
-        if save_threshold and quick and shipped:
+        few = chosen.scenes < chosen.validation_scenes
+        if save_threshold and (quick or few) and shipped:
             raise UserError(
-                f"--save-threshold with --quick is not for a shipped model, received {model!r}"
+                f"--save-threshold for the shipped {model!r} needs {chosen.validation_scenes} "
+                f"scenes or more and no --quick, received {chosen.scenes} scenes"
             )
         if save_threshold and path.suffix != ".safetensors":
             raise UserError(

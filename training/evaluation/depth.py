@@ -15,7 +15,7 @@ from fpt_model.occlusion import occluded, turned_away
 from fpt_model.predictor import Scene as EncodedScene
 from fpt_model.scene_flow import displacement, image_motion, reduce_motion, upsample_motion
 from fpt_model.visualize import RGBImage, draw_overlay, side_by_side
-from sim.dataset import Settings, StoredSample, replay
+from sim.dataset import GENERATOR, Settings, StoredSample, replay
 from training.data import Shards
 from training.evaluation.figures import Figures, Rows, bootstrap_interval
 from training.evaluation.measure import (
@@ -59,12 +59,29 @@ class DepthScene(NamedTuple):
         return self.scene.image
 
 
+def check_drawn_again(shards: Shards, split: str) -> None:
+    """Raises EvaluationError for shards whose scenes the simulation does not draw again as stored.
+
+    Before hours of work, of which the first scene would tell, too.
+    """
+    if not shards.manifest.get("complete"):
+        raise EvaluationError(
+            "what is not stored is found by drawing scenes again, which needs a complete "
+            f"manifest-{split}.json beside {shards.files[0]}"
+        )
+    if shards.generator != GENERATOR:
+        raise EvaluationError(
+            "what is not stored is found by drawing scenes again, which needs shards of generator "
+            f"{GENERATOR}, received {shards.files[0]} of {shards.generator}: make them anew"
+        )
+
+
 def depth_scenes(shards: Shards, split: str, suite: Suite, seed: int) -> Iterator[DepthScene]:
     """The scenes of the suite, with what a second rendering shows, for which they are drawn again.
 
-    ``shards`` must have a complete manifest. Raises EvaluationError if the simulation draws
-    something else than what is stored.
+    Raises EvaluationError if the simulation draws something else than what is stored.
     """
+    check_drawn_again(shards, split)
     settings = Settings(**shards.manifest["settings"])
     for index, sample, future, scene in simulated_scenes(shards, suite, seed):
         yield _with_depth(sample, future, scene, _hidden(sample, split, index, future, settings))

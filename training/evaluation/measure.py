@@ -149,8 +149,8 @@ def _baselines(
         normalised_to_pixels(x, size)
         for x in (poke_pos[moves], (poke_pos + poke_flow)[moves], points)
     )
-    fitted = displacement_pixels_to_normalised(rigid_fit(start, end, at) - at, size)
-    rigid = end_point_error(fitted, flow, grid)
+    moved = rigid_fit(start, end, at) if moves.any() else at
+    rigid = end_point_error(displacement_pixels_to_normalised(moved - at, size), flow, grid)
     return {
         "no_motion": still,
         "copy": np.where(within, copied, still),

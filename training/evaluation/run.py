@@ -22,6 +22,7 @@ from sim.dataset import SPLITS, sha256
 from training.data import Shards
 from training.evaluation import report
 from training.evaluation.depth import (
+    check_drawn_again,
     DepthScene,
     ShownDepth,
     depth_figures,
@@ -257,11 +258,7 @@ class Evaluation:
         drawn_by_us = split in SPLITS and split != "foreign"
         if predictor.config.flow_dim != 3 or not drawn_by_us or isinstance(shards, TrackShards):
             return None
-        if not shards.manifest.get("complete"):
-            raise EvaluationError(
-                "what will be hidden is found by drawing scenes again, which needs a complete "
-                f"manifest-{split}.json beside {shards.files[0]}"
-            )
+        check_drawn_again(shards, split)
         return shards
 
     def _on_sheet(self) -> Iterator[bool]:

@@ -139,6 +139,15 @@ def _tracked(shards: TrackShards, suite: Suite, seed: int) -> Iterator[Scene]:
             continue
         motion = clip.motion(0, end, size)
         flow = motion.flow[motion.known]
+        if len(flow) <= suite.pokes[-1]:  # nothing would be left to ask about
+            log.warning(
+                "a clip of %s is left out: %d of its points are tracked to its end, expected more "
+                "than the suite's %d pokes",
+                clip.source,
+                len(flow),
+                suite.pokes[-1],
+            )
+            continue
         moving = np.linalg.norm(flow, axis=-1) >= STILL
         rng = np.random.default_rng([seed, index])
         pokes = _choose_pokes(flow, moving, suite, rng)
