@@ -59,7 +59,7 @@ SEED_STRIDE = 3
 FORMAT = 2
 """Version of the shards' layout, in each manifest."""
 
-GENERATOR = 11
+GENERATOR = 12
 """Raised when worlds or futures of the same seed change: shards of two versions do not mix."""
 
 

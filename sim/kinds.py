@@ -7,7 +7,11 @@ TRAIN_KINDS = ("drawer", "door", "slider", "knob", "arm", "body", "assembly")
 """Kinds of the "train" and "val" splits."""
 
 HELD_OUT_KINDS = ("lid", "lever", "turntable")
-"""Kinds of the "held_out" split; they differ in shape and hinge axis from the training kinds."""
+"""Kinds of the "held_out" split, nothing of whose making is trained on.
+
+Assemblies have covers, bars and discs on hinges, too: what is held out is what these objects look
+like and are put together from, not the idea of a hinge.
+"""
 
 
 @dataclass(frozen=True)

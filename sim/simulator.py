@@ -163,12 +163,13 @@ class Simulator:
         return bool(self._world.free_bodies)
 
     def _movable_bodies(self) -> NDArray[np.int64]:
-        """[nbody] each body's own id if a joint moves it, 0 if it is static."""
+        """[nbody] the rigid body that each belongs to: itself if a joint moves it against its
+        parent, else its parent's; 0: what is static."""
         model = self.model
         movable = np.zeros(model.nbody, np.int64)
         for body in range(1, model.nbody):
-            if model.body_dofnum[body] or movable[model.body_parentid[body]]:
-                movable[body] = body
+            parent = model.body_parentid[body]
+            movable[body] = body if model.body_dofnum[body] else movable[parent]
         return movable
 
     def _index_parts(self) -> None:

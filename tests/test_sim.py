@@ -348,6 +348,22 @@ def test_wide_futures_go_most_of_a_joints_way() -> None:
     assert np.median(shares[0.0]) < 0.5 < np.median(shares[1.0])
 
 
+def test_what_no_joint_moves_against_its_parent_is_one_body_with_it() -> None:
+    """A knob on a drawer, a tool on an arm: which points belong together is trained on."""
+    tied = 0
+    for kind, seed in itertools.product(("arm", "assembly"), range(4)):
+        world = Simulator(kind, seed, (32, 32))
+        model, own = world.model, world._movable_bodies()
+        for body in range(1, model.nbody):
+            if model.body_dofnum[body]:
+                assert own[body] == body
+            else:
+                assert own[body] == own[model.body_parentid[body]]
+                tied += own[body] > 0
+        assert set(np.unique(world.render().bodies)) <= set(own)
+    assert tied
+
+
 def test_a_link_takes_the_links_beyond_it_along() -> None:
     moved = set()
     for seed in range(6):

@@ -263,8 +263,8 @@ def _load(b: Builder, body: Body, reach: float, z: float, index: int) -> None:
 def _cover(b: Builder, frame: Body, face: Site, index: int) -> Body:
     """Lies on the face, often on all of it, and opens about one of its edges.
 
-    Not about the one at +y, which on a top face is at the assembly's back: so lids are
-    made, the kind held out.
+    Not about the one at +y, which on a top face is at the assembly's back before it is turned: so
+    lids are made, the kind held out.
     """
     least = b.pick(0.5, 0.97)
     hx, hy = (i * b.uniform(least, 1.06) for i in face.half)
