@@ -109,10 +109,6 @@ class ModelView:
         """Normalised positions ``[..., 2]`` to model positions."""
         return np.asarray(xy, dtype=np.float64) * self.scale + self.offset
 
-    def to_normalised(self, xy: ArrayLike) -> NDArray[np.float64]:
-        """Inverse of :meth:`to_model`."""
-        return (np.asarray(xy, dtype=np.float64) - self.offset) / self.scale
-
     def displacement_to_model(self, d: ArrayLike) -> NDArray[np.float64]:
         """Normalised displacements ``[..., D]`` to model units; a third component stays."""
         d = np.asarray(d, dtype=np.float64)

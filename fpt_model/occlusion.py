@@ -22,16 +22,13 @@ TOLERANCE = 0.02
 _MAX_REACH = 2.0  # px from its middle to its edge, of the largest patch: what comes close grows
 
 
-def occluded(
-    depth: NDArray[np.floating], motion: ArrayLike, tolerance: float = TOLERANCE
-) -> NDArray[np.bool_]:
+def occluded(depth: NDArray[np.floating], motion: ArrayLike) -> NDArray[np.bool_]:
     """``[H, W]``: what is seen now and hidden afterwards.
 
     Args:
         depth: ``[H, W]`` m; NaN: unknown, which neither hides nor is hidden.
         motion: ``[H, W, 3]``: du, dv in px of this image, and relative depth ``Z' / Z - 1``. As Z
             is known, these are the motion in space; the camera's intrinsics cancel out.
-        tolerance: how much nearer, as a share of the depth, something must be to hide.
 
     Raises ValueError for shapes that do not fit.
     """
@@ -77,7 +74,7 @@ def occluded(
     # a slanted surface's own neighbours are nearer, too, by less than it changes across two pixels
     hidden = np.zeros((height, width), bool)
     hidden[known] = inside & (
-        (buffer[cell] < z_after * (1 - tolerance) - 2 * slope) | mirrored[known]
+        (buffer[cell] < z_after * (1 - TOLERANCE) - 2 * slope) | mirrored[known]
     )
     return hidden
 

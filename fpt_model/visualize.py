@@ -316,6 +316,15 @@ def draw_overlay(
             f"queries, received {list(modes_shape)}"
         )
 
+    if mixture_px is not None and not np.isfinite(mixture_px.means[..., :2]).all():
+        raise ValueError(f"mixture_px must have finite means, received {mixture_px.means.tolist()}")
+    if flow_px is not None and (np.ndim(flow_px) != 3 or np.shape(flow_px)[2] != 2):
+        raise ValueError(f"flow_px must have shape [h, w, 2], received {list(np.shape(flow_px))}")
+    if max_flow_px is not None and not max_flow_px > 0:
+        raise ValueError(f"max_flow_px must be > 0, received {max_flow_px}")
+    if mask is not None and np.ndim(mask) != 2:
+        raise ValueError(f"mask must have shape [h, w], received {list(np.shape(mask))}")
+
     height, width = image.shape[:2]
     scale = canvas_scale(height, width)
     canvas = resize(image, (scale * height, scale * width))
@@ -364,10 +373,8 @@ def _paint_mode(
 # -------------------------------------------------------------------------------- composition
 
 
-def _put_text(
-    canvas: RGBImage, text: str, x: int, baseline: int, size: float, colour: Colour = INK_COLOUR
-) -> None:
-    cv2.putText(canvas, text, (x, baseline), _FONT, size, colour, 1, cv2.LINE_AA)
+def _put_text(canvas: RGBImage, text: str, x: int, baseline: int, size: float) -> None:
+    cv2.putText(canvas, text, (x, baseline), _FONT, size, INK_COLOUR, 1, cv2.LINE_AA)
 
 
 def _text_width(text: str, size: float) -> int:
@@ -423,8 +430,8 @@ def side_by_side(
     return page
 
 
-def legend(width: int, height: int = 40) -> RGBImage:
-    """A strip [height, width, 3] that explains the marks and hues of the functions above.
+def legend(width: int) -> RGBImage:
+    """A strip [40, width, 3] that explains the marks and hues of the functions above.
 
     The entries shrink together where they need more than ``width``.
     """
@@ -435,6 +442,7 @@ def legend(width: int, height: int = 40) -> RGBImage:
         ("moving part", _legend_mask),
         ("flow: hue is direction, strength is length", _legend_wheel),
     )
+    height = 40
     symbol, gap, size = round(1.1 * height), round(0.5 * height), height / 55
     ends = gap + np.cumsum(
         [symbol + gap // 3 + _text_width(text, size) + gap for text, _ in entries]

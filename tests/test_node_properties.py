@@ -438,6 +438,57 @@ def test_the_latest_of_named_and_standing_pokes_holds_and_images_are_answered_on
     assert asked == [[3.0], [7.0], [5.0], []]
 
 
+def test_the_newest_image_is_not_meant_when_it_is_too_old(idle: FptNode) -> None:
+    """Unless it is named: then it is answered however old it is."""
+    idle.set_parameters([Parameter("max_age_ms", value=1000.0)])
+    worker = idle._worker
+    assert worker is not None
+    answers: dict[str, Any] = {}
+    requests = [
+        Request(
+            "predict_flow",
+            PredictFlow.Request(header=of),
+            done=partial(answers.__setitem__, name),
+            arrived_s=time.monotonic() - 2,  # so they wait for no newer one
+        )
+        for name, of in (("newest", Header()), ("named", header(1)))
+    ]
+    worker.process(Batch([HeldImage(black(header(1)))], 0, requests, woken=False))
+    worker.work_off(time.monotonic() + 60)
+    assert "max_age_ms is 1000; name it by its stamp" in str(answers["newest"])
+    assert isinstance(answers["named"], PredictFlow.Response), answers["named"]
+
+
+def test_images_that_a_newer_one_supersedes_are_counted_once(idle: FptNode) -> None:
+    worker = idle._worker
+    assert worker is not None
+    for superseded, dropped in ((2, 2), (4, 6)):  # those that the inbox let go are among them
+        images = [HeldImage(black(header(i))) for i in (1, 2, 3)]
+        worker.process(Batch(images, superseded, [], woken=False))
+        assert idle._monitor.counts["images dropped: newer came first"] == dropped
+
+
+def test_a_goal_cancelled_before_its_image_came_ends_as_cancelled(idle: FptNode) -> None:
+    worker = idle._worker
+    assert worker is not None
+    answers: list[Any] = []
+    wanted = [True]
+    asked = Request(
+        "sample_flow",
+        SampleFlow.Goal(),
+        done=answers.append,
+        cancelled=lambda: not wanted[0],
+        arrived_s=time.monotonic(),
+    )
+    worker.process(Batch([], 0, [asked], woken=False))
+    assert not answers, "no image yet"
+    wanted[0] = False
+    worker.process(Batch([], 0, [], woken=True))
+    assert [str(answer) for answer in answers] == ["cancelled"]
+    assert idle._monitor.counts["sample_flow cancelled"] == 1
+    assert "errors: sample_flow" not in idle._monitor.counts
+
+
 def test_a_failure_inside_loses_no_request(idle: FptNode, monkeypatch: pytest.MonkeyPatch) -> None:
     worker, predictor = idle._worker, idle._predictor
     assert worker is not None

@@ -572,10 +572,12 @@ def compressed(model: Path) -> Iterator[User]:
         yield user
 
 
-def send_compressed(user: User, pixels: np.ndarray, kind: str = "png") -> CompressedImage:
+def send_compressed(
+    user: User, pixels: np.ndarray, kind: str = "png", age_s: float = 0.0
+) -> CompressedImage:
     done, data = cv2.imencode(f".{kind}", pixels[..., ::-1])
     assert done
-    msg = CompressedImage(header=user.header(), format=kind, data=flat_array("B", data))
+    msg = CompressedImage(header=user.header(age_s), format=kind, data=flat_array("B", data))
     user.client.publish("/cam/compressed", msg)
     return msg
 
@@ -616,6 +618,10 @@ def test_latencies_are_published_and_told(compressed: User) -> None:
         times = [m.data for m in compressed.client.received[f"/fpt/debug/{name}_ms"]]
         assert times
         assert all(value > 0 for value in times)
+    # from the stamp on, not from when the image came
+    compressed.client.received["/fpt/debug/pipeline_latency_ms"].clear()
+    send_compressed(compressed, picture(), age_s=5.0)
+    compressed.client.next("/fpt/debug/pipeline_latency_ms", lambda m: m.data >= 5000)
     values = values_of(compressed.diagnostics(lambda values: True))
     assert values["encode time"].split()[1:3] == ["ms,", "median"]
     latest = {name: float(values[f"{name} time"].split()[0]) for name in ("processing", "overhead")}

@@ -187,6 +187,14 @@ class TestDrawOverlay:
             ((grey_image(), [[0, np.nan]], [[1, 1]], NO_POINTS, None), "poke_xy_px must be finite"),
             ((grey_image(), [0, 0], [1, 1], NO_POINTS, None), r"\[N, 2\], received \[2\]"),
             ((grey_image(), NO_POINTS, NO_POINTS, [[5, 5]], None), r"batch shape \[1\]"),
+            (
+                (grey_image(), NO_POINTS, NO_POINTS, NO_POINTS, None, np.zeros((4, 4, 3))),
+                r"flow_px must have shape \[h, w, 2\], received \[4, 4, 3\]",
+            ),
+            (
+                (grey_image(), NO_POINTS, NO_POINTS, NO_POINTS, None, None, np.zeros((2, 2, 3))),
+                r"mask must have shape \[h, w\], received \[2, 2, 3\]",
+            ),
         ],
     )
     def test_refuses_malformed_input(self, arguments, message):
