@@ -294,7 +294,7 @@ def draw_overlay(
     ellipse around the tip; modes below MIN_DRAWN_WEIGHT and queries beyond
     MAX_DRAWN_QUERIES are left out. ``flow_px`` [h, w, 2] tints
     the picture with the hues of ``flow_to_color``, in proportion to its length up to
-    ``max_flow_px`` (None: its largest vector); ``mask`` [h, w] outlines the moving part, and tints
+    ``max_flow_px`` (None or 0: its largest vector); ``mask`` [h, w] outlines the moving part, and tints
     it when there is no flow. Both may have any resolution and cover the whole image.
 
     Returns a new uint8 RGB picture [s * H, s * W, 3] with s = ``canvas_scale(H, W)``.
@@ -320,8 +320,8 @@ def draw_overlay(
         raise ValueError(f"mixture_px must have finite means, received {mixture_px.means.tolist()}")
     if flow_px is not None and (np.ndim(flow_px) != 3 or np.shape(flow_px)[2] != 2):
         raise ValueError(f"flow_px must have shape [h, w, 2], received {list(np.shape(flow_px))}")
-    if max_flow_px is not None and not max_flow_px > 0:
-        raise ValueError(f"max_flow_px must be > 0, received {max_flow_px}")
+    if max_flow_px is not None and not max_flow_px >= 0:
+        raise ValueError(f"max_flow_px must be >= 0, received {max_flow_px}")
     if mask is not None and np.ndim(mask) != 2:
         raise ValueError(f"mask must have shape [h, w], received {list(np.shape(mask))}")
 
