@@ -294,8 +294,8 @@ def draw_overlay(
     ellipse around the tip; modes below MIN_DRAWN_WEIGHT and queries beyond
     MAX_DRAWN_QUERIES are left out. ``flow_px`` [h, w, 2] tints
     the picture with the hues of ``flow_to_color``, in proportion to its length up to
-    ``max_flow_px`` (None or 0: its largest vector); ``mask`` [h, w] outlines the moving part, and tints
-    it when there is no flow. Both may have any resolution and cover the whole image.
+    ``max_flow_px`` (None or 0: its largest vector); ``mask`` [h, w] outlines the moving part, and
+    tints it when there is no flow. Both may have any resolution and cover the whole image.
 
     Returns a new uint8 RGB picture [s * H, s * W, 3] with s = ``canvas_scale(H, W)``.
     Raises ValueError for wrong shapes or non-finite coordinates.

@@ -32,6 +32,7 @@ from fpt_model import (
     FlowPredictor,
     FPTConfig,
     checkpoint,
+    encoder,
     geometry,
     load_model,
     packed,
@@ -103,6 +104,15 @@ class TestGeometry:
         assert_close(model_xy * [width, height] + [left, top] - 0.5, xy, 1e-6)
         d = view.displacement_to_normalised(view.displacement_to_model(xy / 100))
         assert_close(d, xy / 100, 1e-9)
+
+    @pytest.mark.parametrize("wide", [True, False])
+    def test_a_cropping_model_sees_the_middle(self, wide: bool) -> None:
+        config = dataclasses.replace(CONVOLUTIONAL, fit="crop")
+        image = np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8)
+        middle = image[:, 8:56]
+        if not wide:
+            image, middle = image.swapaxes(0, 1), middle.swapaxes(0, 1)
+        assert torch.equal(encoder.preprocess(image, config), encoder.preprocess(middle, config))
 
     def test_crop_maps_its_border_to_the_unit_square(self) -> None:
         view = geometry.ModelView(480, 640, "crop")

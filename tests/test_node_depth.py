@@ -41,6 +41,8 @@ from fpt_ros.pipeline import Answer, View, answer_asks, predict_hypotheses, samp
 from fpt_ros.planning import Goal, Search, default_tolerance, motion_in_space, plan
 from fpt_ros.pokes import Pokes, RequestError
 from fpt_ros.scene_outputs import FIELDS, Rigid, point_cloud
+from sim.camera_node import _truth_messages
+from sim.simulator import Simulator
 
 FRAME = "camera_optical_frame"
 CAMERA = Intrinsics(60.0, 62.0, 31.0, 24.5)
@@ -554,6 +556,19 @@ def test_without_depth_a_solid_model_answers_in_the_image(model: Path) -> None:
         )
         assert not {"/depth", "/fpt/points"} & {t.name for t in client.topics_of("fpt")}
         user.diagnostics(lambda values: values["depth"] == "not used")
+
+
+def test_true_flow_is_told_of_what_stays_in_sight() -> None:
+    world = Simulator("drawer", 1, (48, 64))
+    frame = world.render()
+    truth = world.truth(frame, world.sample_future(np.random.default_rng(0)))
+    flow, mask = (image_to_array(msg) for msg in _truth_messages(truth))
+    assert 0 < truth.occluded.sum() < truth.occluded.size
+    np.testing.assert_array_equal(np.isnan(flow).any(-1), truth.occluded)
+    np.testing.assert_allclose(
+        flow[~truth.occluded], truth.flow[~truth.occluded] * [64, 48], atol=1e-4
+    )
+    np.testing.assert_array_equal(mask, np.where(truth.moving, 255, 0))
 
 
 def test_the_simulated_camera_gives_depth(model: Path) -> None:
