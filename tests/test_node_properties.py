@@ -47,6 +47,7 @@ from fpt_ros.messages import (
     read_queries,
     samples_from_msg,
 )
+from fpt_ros.pipeline import Settings
 from fpt_ros.pokes import Pokes, RequestError
 
 # the same examples on each run: a failure must be the change's that is tested
@@ -457,6 +458,23 @@ def test_the_newest_image_is_not_meant_when_it_is_too_old(idle: FptNode) -> None
     worker.work_off(time.monotonic() + 60)
     assert "max_age_ms is 1000; name it by its stamp" in str(answers["newest"])
     assert isinstance(answers["named"], PredictFlow.Response), answers["named"]
+
+
+def test_answers_are_made_as_the_parameters_say(idle: FptNode) -> None:
+    values = {
+        "camera_static": False,
+        "flow_reduce": "mode",
+        "dense_height": 6,
+        "dense_width": 8,
+        "query_grid_height": 2,
+        "query_grid_width": 3,
+        "full_resolution": False,
+        "kl_threshold_nats": 0.25,
+    }
+    results = idle.set_parameters([Parameter(name, value=v) for name, v in values.items()])
+    assert all(result.successful for result in results)
+    assert idle._worker is not None
+    assert idle._worker._settings() == Settings(False, "mode", (6, 8), (2, 3), False, 0.25)
 
 
 def test_images_that_a_newer_one_supersedes_are_counted_once(idle: FptNode) -> None:

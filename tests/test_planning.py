@@ -114,6 +114,8 @@ def test_a_point_is_moved_by_a_poke_elsewhere_on_its_part() -> None:
     np.testing.assert_allclose(best.progress[exact], 1, atol=1e-6)
     np.testing.assert_allclose(best.progress_std[exact], NOISE_STD / 9, rtol=1e-6)
     np.testing.assert_allclose(found.score, found.success * found.plausibility, rtol=1e-12)
+    # half of what the part does by itself moves it, and the goal's motion is among that
+    np.testing.assert_allclose(best.plausibility[exact], 0.5, atol=0.05)
 
 
 def test_ranking_is_the_same_for_a_seed_and_another_for_another() -> None:
