@@ -43,7 +43,7 @@ def occluded(depth: NDArray[np.floating], motion: ArrayLike) -> NDArray[np.bool_
     z_after = z * np.maximum(1 + m[..., 2], MIN_RATIO)
     known = np.isfinite(z_after) & np.isfinite(u) & np.isfinite(v)
     # of each patch how its place and depth change from a pixel to the next
-    apart = [np.abs(np.diff(np.where(known, z, np.nan), axis=axis)) for axis in (0, 1)]
+    apart = [_apart(np.where(known, z, np.nan), axis) for axis in (0, 1)]
     (u_x, u_y), (v_x, v_y), (z_x, z_y) = (_derivatives(a, apart) for a in (u, v, z_after))
     mirrored = u_x * v_y < u_y * v_x  # one would see its back
     slope = np.abs(z_x) + np.abs(z_y)
@@ -97,13 +97,17 @@ def turned_away(
             body that is nearest to it in depth, so that no edge counts.
     """
     z = np.where(depth > 0, depth, np.nan)
-    apart = [
-        np.where(np.diff(bodies, axis=axis) == 0, np.abs(np.diff(z, axis=axis)), np.nan)
-        for axis in (0, 1)
-    ]
+    apart = [np.where(np.diff(bodies, axis=axis) == 0, _apart(z, axis), np.nan) for axis in (0, 1)]
     (u_x, u_y), (v_x, v_y) = (_derivatives(np.asarray(a, np.float64), apart) for a in (u, v))
     mirrored: NDArray[np.bool_] = u_x * v_y < u_y * v_x
     return mirrored
+
+
+def _apart(depth: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
+    """How far neighbours are from each other, as a share of the depth."""
+    n = depth.shape[axis]
+    nearer = np.fmin(depth.take(range(n - 1), axis), depth.take(range(1, n), axis))
+    return np.asarray(np.abs(np.diff(depth, axis=axis)) / nearer)
 
 
 def _derivatives(
@@ -111,9 +115,10 @@ def _derivatives(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """``[H, W]`` each, by x and by y: to the side of the neighbour that is nearer in depth.
 
-    ``apart``, along the axes 0 and 1, tells how far neighbours are from each other, NaN if they are
-    none. So the edge of a surface, where one side is another surface, does not count. Where there
-    is no neighbour the derivative is 0.
+    ``apart``, along the axes 0 and 1, tells how far neighbours are from each other (see
+    :func:`_apart`), NaN if they are none. So the edge of a surface, where one side is another
+    surface, does not count. Where both are about as near, as at the joint of a drawer's flush
+    front, it is the side to which the field changes less. Without a neighbour it is 0.
     """
 
     def along(axis: int) -> NDArray[np.float64]:
@@ -124,7 +129,9 @@ def _derivatives(
         before, after = np.concatenate([nothing, step], axis), np.concatenate([step, nothing], axis)
         to_before = np.concatenate([nothing, distance], axis)
         to_after = np.concatenate([distance, nothing], axis)
-        use_after = np.isnan(to_before) | (to_after < to_before)
+        decides = np.abs(to_after - to_before) > TOLERANCE
+        use_after = np.where(decides, to_after < to_before, np.abs(after) < np.abs(before))
+        use_after |= np.isnan(to_before)
         return np.nan_to_num(np.where(use_after, after, before))
 
     return along(1), along(0)

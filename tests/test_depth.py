@@ -241,6 +241,30 @@ def test_of_the_nearest_nothing_is_hidden_not_even_its_edge(shift: float) -> Non
     assert not occluded(depth, motion)[depth == 1].any()
 
 
+@pytest.mark.parametrize("noise", [0.0, 0.002])
+@pytest.mark.parametrize("side", [0, 1])
+def test_of_two_flush_surfaces_the_one_that_slides_hides_no_edge_of_its_own(
+    noise: float, side: int
+) -> None:
+    """Depth does not tell them apart, also with a camera's noise and steps of 1 mm."""
+    rng = np.random.default_rng(0)
+    depth = np.round(2.0 + noise * rng.standard_normal((40, 40)), 3)
+    motion = np.zeros((40, 40, 3))
+    moving = np.s_[:, 20:] if side else np.s_[:, :20]
+    motion[moving] = [-3 if side else 3, 0, 0]
+    assert not occluded(depth, motion)[moving].any()
+    # a flush drawer's front comes nearer by 30 %: it covers the frame and is covered by nothing
+    motion[:] = 0
+    rows, columns = np.mgrid[0:40, 0:40]
+    front = np.s_[10:30, 10:30]
+    grow = 1 / 0.7 - 1
+    growth = np.stack([(columns - 19.5) * grow, (rows - 19.5) * grow, np.full((40, 40), -0.3)], -1)
+    motion[front] = growth[front]
+    hidden = occluded(depth, motion)
+    assert not hidden[front].any()
+    assert hidden.sum() > 200
+
+
 def test_what_comes_near_hides_without_holes() -> None:
     depth, motion = board(0, -0.5)  # twice as large
     rows, columns = np.mgrid[0:40, 0:40]
