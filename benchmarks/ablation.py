@@ -161,18 +161,6 @@ def markdown(results: dict[str, Any]) -> str:
     )
 
 
-def other_rows(path: Path, results: dict[str, Any], variants: Sequence[str]) -> list[Any]:
-    """Of the table that is there, the rows of other variants; ValueError if made otherwise."""
-    earlier = json.loads(path.read_text())
-    for name, value in results.items():
-        if name not in ("rows", "date", "machine") and earlier.get(name) != value:
-            raise ValueError(
-                f"{path} has rows of {name} {earlier.get(name)!r}, expected {value!r}: give "
-                "another --table"
-            )
-    return [row for row in earlier["rows"] if row["name"] not in variants]
-
-
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(
@@ -198,6 +186,8 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     keep_freed_memory()
     steps = QUICK_STEPS if args.quick else args.steps
+    if args.variants and not args.quick and not args.table:
+        parser.error("--variants would leave these rows alone in the table: give another --table")
     if args.quick:
         elsewhere = Path(tempfile.mkdtemp(prefix="ablations-"))
         runs, written = args.out or elsewhere, args.table or elsewhere / "ablations.md"
@@ -224,8 +214,6 @@ def main(argv: list[str] | None = None) -> None:
         "scenes": evaluation.suite.scenes,
         "rows": [],
     }
-    if args.variants and written.with_suffix(".json").is_file():
-        results["rows"] = other_rows(written.with_suffix(".json"), results, args.variants)
     for variant, config in zip(variants, configs, strict=True):
         figures = run_variant(config, evaluation, args.data, origin, runs / variant.folder)
         results["rows"].append({**asdict(variant), **figures})

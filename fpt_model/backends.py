@@ -67,19 +67,16 @@ def open_engine(
             raise ValueError(f"{name} must be one of {', '.join(choices)}, received {value!r}")
     if not providers or len(set(providers)) != len(providers):
         raise ValueError(f"providers must name each provider once, received {list(providers)}")
-    idle = None  # what was asked for and would do nothing
     if chosen == "torch" and tuple(providers) != ("cpu",):
-        idle = f"providers {', '.join(providers)}: they are ONNX Runtime's, which needs graphs"
-        idle += f"; PyTorch runs on device {device}"
-    elif chosen == "onnxruntime" and compile:
-        idle = "compile: it is PyTorch's, and ONNX Runtime runs graphs"
-    if idle is not None:
-        if strict:
-            raise BackendError(f"cannot use {idle}")
-        _log.warning("not used: %s", idle)
+        names = ", ".join(providers)
+        _tell_idle(
+            f"providers {names}: they are ONNX Runtime's, and PyTorch runs on {device}", strict
+        )
     if chosen == "onnxruntime":
         try:
             engine = _open_onnx(model, device, precision, graphs, providers, strict)
+            if compile:
+                _tell_idle("compile: it is PyTorch's, and ONNX Runtime runs graphs", strict)
             return Active(engine, "onnxruntime", precision)
         except BackendError as error:
             if strict:
@@ -88,6 +85,13 @@ def open_engine(
             precision = precision if precision in PRECISIONS else "fp32"
             _log.warning("PyTorch runs the model in %s, not ONNX Runtime: %s", precision, error)
     return Active(TorchEngine(model, device, precision, compile, in_place), "torch", precision)
+
+
+def _tell_idle(what: str, strict: bool) -> None:
+    """Of what was asked for and does nothing."""
+    if strict:
+        raise BackendError(f"cannot use {what}")
+    _log.warning("not used: %s", what)
 
 
 def _open_onnx(

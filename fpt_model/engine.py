@@ -40,7 +40,7 @@ Array = NDArray[np.float32]
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Queries in one pass times the model's width; bounds memory, does not change results. fpt-base runs
 # 1,024 at once, whose dense flow takes 2 % longer than with 2,048 and a tenth less memory, and
-# fpt-tiny all 4,096 of a dense flow; with half as many both become 2 to 8 % slower.
+# fpt-tiny all 4,096 of a dense flow (benchmarks/engine.md).
 _PASS = 1024 * 768
 
 

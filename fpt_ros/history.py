@@ -32,11 +32,10 @@ _SET_BACK_NS = 500_000_000  # less is disorder on the way
 def was_set_back(before: Header, now: Header) -> bool:
     """Whether the clock was, between two messages of a topic: a bag or a simulation began again.
 
-    What came before is then of another time, whatever its stamps are near to. Without stamps
-    nothing can be told.
+    What came before is then of another time, whatever its stamps are near to. Of cameras that never
+    stamp nothing can be told; a simulation's first image may have the stamp 0.
     """
-    ns = stamp_ns(now)
-    return 0 < ns < stamp_ns(before) - _SET_BACK_NS
+    return stamp_ns(now) < stamp_ns(before) - _SET_BACK_NS
 
 
 def format_stamp(ns: int) -> str:
@@ -64,6 +63,7 @@ class HeldImage:
     depth_msg: Image | None = None  # the nearest to it of all that came
     depth_tried: bool = False  # whether it was reported that it has no usable depth,
     useless_depth: Image | None = None  # and this is no usable one
+    dropped: bool = False  # it came before the clock was set back
 
     @property
     def header(self) -> Header:
@@ -103,6 +103,8 @@ class ImageHistory:
         if before is not None and not was_set_back(before, image.header):
             before = None
         if before is not None:
+            for held in self._all():
+                held.dropped, held.view = True, None
             self._latest.clear()
             self._encoded.clear()
         self._latest.append(image)
@@ -135,6 +137,8 @@ class ImageHistory:
             except ImageError as error:
                 held.error = str(error)
                 raise
+            if held.dropped:  # somebody's still, but not to be found any more
+                return held.view
             self._encoded.append(held)
             if len(self._encoded) > self._scenes:
                 self._encoded.popleft().view = None

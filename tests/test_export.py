@@ -380,6 +380,10 @@ def test_what_does_nothing_for_the_chosen_backend_is_told(
     caplog.clear()
     assert small.predictor(compile=True, strict=False).backend == "onnxruntime"
     assert "not used: compile" in caplog.text
+    caplog.clear()
+    compiled = small.predictor(compile=True, strict=False, graphs=None)
+    assert compiled.backend == "torch"
+    assert "not used" not in caplog.text, "PyTorch, which runs instead, compiles"
 
 
 def test_a_device_that_no_provider_runs_on_is_told(

@@ -145,6 +145,10 @@ def test_images_are_encoded_once_and_scenes_outlast_images(predictor: FlowPredic
     assert history.add(start) == again.header
     assert history.find(3 * 10**9) is start
     assert [history.find(sec * 10**9) for sec in (5, 6, 7)] == [None] * 3
+    history.view(again, encode)  # whoever still has it
+    assert history.find(7 * 10**9) is None
+    # a simulation's first image
+    assert history.add(HeldImage(Image())) == start.header
 
 
 def test_an_image_that_cannot_be_read_is_tried_once(predictor: FlowPredictor) -> None:

@@ -257,6 +257,10 @@ def test_unusable_clips_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFi
 def test_samples_are_told_apart_whatever_folder_they_are_in(tmp_path: Path, folder: str) -> None:
     """As WebDataset does: a sample is named up to the first dot of the file's name."""
     with tarfile.open(tmp_path / "train-000000.tar", "w") as tar:
+        if folder:
+            directory = tarfile.TarInfo(folder)
+            directory.type = tarfile.DIRTYPE
+            tar.addfile(directory)
         for key in ("000", "001"):
             for part in ("video.avi", "tracks.npy", "visibility.npy"):
                 tar.addfile(tarfile.TarInfo(f"{folder}{key}.{part}"))

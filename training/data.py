@@ -66,7 +66,7 @@ class TarSamples:
         for number, file in enumerate(self.files):
             with tarfile.open(file) as tar:
                 parts: dict[str, dict[str, tuple[int, int]]] = {}
-                for member in tar:
+                for member in filter(tarfile.TarInfo.isfile, tar):
                     key, extension = split_name(member.name)
                     parts.setdefault(key, {})[extension] = (member.offset_data, member.size)
             self._samples += [(number, entry) for entry in parts.values()]

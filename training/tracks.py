@@ -190,7 +190,8 @@ def open_shards(folder: str | os.PathLike[str], split: str) -> Shards | TrackSha
     files = shard_files(folder, split)
     if files:
         with tarfile.open(files[0]) as tar:
-            names = [split_name(member.name) for member in islice(tar, _MEMBERS)]
+            files_of_it = filter(tarfile.TarInfo.isfile, tar)
+            names = [split_name(member.name) for member in islice(files_of_it, _MEMBERS)]
         if any(key == names[0][0] and rest == "tracks.npy" for key, rest in names):
             return TrackShards(folder, split)
     return Shards(folder, split)

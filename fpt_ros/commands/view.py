@@ -101,15 +101,15 @@ def view(
         recording = _recording(out, connect)
         try:
             _show_bags(source, topics, recording)
-        except UserError:
+            try:
+                recording.flush(timeout_sec=FLUSH_S)
+            except RuntimeError as error:
+                raise UserError(f"the viewer did not take it: {error}") from error
+        except BaseException:  # also an interrupt: half a recording is none
             rr.disconnect(recording)
             if out is not None:
                 out.unlink(missing_ok=True)
             raise
-        try:
-            recording.flush(timeout_sec=FLUSH_S)
-        except RuntimeError as error:
-            raise UserError(f"the viewer did not take it: {error}") from error
         rr.disconnect(recording)
         return
 
