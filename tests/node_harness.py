@@ -218,6 +218,11 @@ class Client:
 
     def topics_of(self, node: str, namespace: str = "/") -> set[Topic]:
         """The topics of another node, as discovery shows them; without those of every node."""
+        # which may tell of its topics before its name
+        wait_until(
+            lambda: (node, namespace) in self.node.get_node_names_and_namespaces(),
+            explain=lambda: f"no node {node} in {namespace}",
+        )
         found = set()
         for direction, name_all, inform in (
             (
