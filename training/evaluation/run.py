@@ -16,15 +16,15 @@ import numpy as np
 from safetensors import safe_open
 from tqdm import tqdm
 
-from fpt_model import CheckpointError, FlowPredictor, load_model, save_model
+from fpt_model import FlowPredictor, load_model, save_model
 from fpt_model.checkpoint import resolve_model
 from sim.dataset import SPLITS, sha256
 from training.data import Shards
 from training.evaluation import report
 from training.evaluation.depth import (
-    check_drawn_again,
     DepthScene,
     ShownDepth,
+    check_drawn_again,
     depth_figures,
     depth_scenes,
     depth_sheet,
