@@ -80,6 +80,11 @@ def _colour_wheel() -> NDArray[np.float64]:
     return np.concatenate(rows)
 
 
+def _check_flow(name: str, flow: ArrayLike) -> None:
+    if np.ndim(flow) != 3 or np.shape(flow)[2] != 2:
+        raise ValueError(f"{name} must have shape [h, w, 2], received {list(np.shape(flow))}")
+
+
 def flow_to_color(flow: ArrayLike, max_magnitude: float | None = None) -> RGBImage:
     """Colour a flow field [h, w, 2] with the Middlebury wheel: hue is direction, white no motion.
 
@@ -89,8 +94,7 @@ def flow_to_color(flow: ArrayLike, max_magnitude: float | None = None) -> RGBIma
     a ``max_magnitude`` that is not positive and finite.
     """
     flow = np.asarray(flow, dtype=np.float64)
-    if flow.ndim != 3 or flow.shape[2] != 2:
-        raise ValueError(f"flow must have shape [h, w, 2], received {list(flow.shape)}")
+    _check_flow("flow", flow)
     valid = np.isfinite(flow).all(axis=2)
     flow = np.where(valid[..., None], flow, 0.0) + 0.0  # + 0.0 makes -0.0 positive for arctan2
     magnitude = np.hypot(flow[..., 0], flow[..., 1])
@@ -318,8 +322,8 @@ def draw_overlay(
 
     if mixture_px is not None and not np.isfinite(mixture_px.means[..., :2]).all():
         raise ValueError(f"mixture_px must have finite means, received {mixture_px.means.tolist()}")
-    if flow_px is not None and (np.ndim(flow_px) != 3 or np.shape(flow_px)[2] != 2):
-        raise ValueError(f"flow_px must have shape [h, w, 2], received {list(np.shape(flow_px))}")
+    if flow_px is not None:
+        _check_flow("flow_px", flow_px)
     if max_flow_px is not None and not max_flow_px >= 0:
         raise ValueError(f"max_flow_px must be >= 0, received {max_flow_px}")
     if mask is not None and np.ndim(mask) != 2:

@@ -99,16 +99,15 @@ class ImageHistory:
         Where the clock was set back none of those before is held any more; then the header of the
         last one of them is returned.
         """
-        before = self._latest[-1].header if self._latest else None
-        if before is not None and not was_set_back(before, image.header):
-            before = None
-        if before is not None:
+        before = self._latest[-1].header if self._latest else image.header
+        set_back = was_set_back(before, image.header)
+        if set_back:
             for held in self._all():
                 held.dropped, held.view = True, None
             self._latest.clear()
             self._encoded.clear()
         self._latest.append(image)
-        return before
+        return before if set_back else None
 
     def find(self, ns: int) -> HeldImage | None:
         """The image with this stamp; of several (a bag that loops repeats them) the newest."""
@@ -137,9 +136,8 @@ class ImageHistory:
             except ImageError as error:
                 held.error = str(error)
                 raise
-            if held.dropped:  # somebody's still, but not to be found any more
-                return held.view
-            self._encoded.append(held)
+            if not held.dropped:  # else somebody's still, but not to be found any more
+                self._encoded.append(held)
             if len(self._encoded) > self._scenes:
                 self._encoded.popleft().view = None
         return held.view

@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from fpt_model.config import FPTConfig
 from fpt_model.encoder import resize_square
 from fpt_model.geometry import (
+    ModelView,
     displacement_normalised_to_pixels,
     displacement_pixels_to_normalised,
     pixels_to_normalised,
@@ -226,8 +227,8 @@ def random_crop(
         w, h = (max(1, round(s * rng.uniform(config.min_crop, 1))) for s in (w, h))
         w, h = (w, w) if square else (w, h)
     left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
-    if config.min_crop == 1:  # as for inference
-        left, top = (width - w) // 2, (height - h) // 2
+    if square and config.min_crop == 1:  # as for inference
+        left, top, *_ = ModelView(height, width, "crop").box
     flip = bool(rng.random() < config.flip)
     turns = int(rng.integers(1, 4)) if rng.random() < config.quarter_turn else 0
     return Crop(left, top, w, h, flip, turns)
