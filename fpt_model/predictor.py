@@ -78,7 +78,7 @@ class FlowPredictor:
     Args:
         model: not changed; where types and devices agree its weights are shared.
         backend: "torch"; "onnxruntime", which runs exported graphs; "auto": that where ``graphs``
-            are given, which on a CPU is the faster, PyTorch otherwise.
+            are given, which on a CPU encodes faster in fp32, PyTorch otherwise.
         device: a torch device, e.g. "cpu" or "cuda"; of "onnxruntime" the GPU's number is taken.
         precision: "fp32"; "bf16" with torch (several times faster on CPUs with AMX, half the
             memory); "fp16" and "int8" with ONNX Runtime, when they were exported.

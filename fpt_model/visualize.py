@@ -295,8 +295,8 @@ def draw_overlay(
     Pokes are thick arrows from ``poke_xy_px`` [P, 2] by ``poke_flow_px`` [P, 2]. At each query
     [Q, 2] every mode of ``mixture_px`` (a FlowMixture in pixels with batch shape [Q]; None when
     Q = 0) is an arrow whose opacity is the mode's probability, with its ELLIPSE_SIGMAS covariance
-    ellipse around the tip; modes below MIN_DRAWN_WEIGHT and queries beyond
-    MAX_DRAWN_QUERIES are left out. ``flow_px`` [h, w, 2] tints
+    ellipse around the tip; modes below MIN_DRAWN_WEIGHT are left out, and
+    of more queries than MAX_DRAWN_QUERIES an even selection is drawn. ``flow_px`` [h, w, 2] tints
     the picture with the hues of ``flow_to_color``, in proportion to its length up to
     ``max_flow_px`` (None or 0: its largest vector); ``mask`` [h, w] outlines the moving part, and
     tints it when there is no flow. Both may have any resolution and cover the whole image.

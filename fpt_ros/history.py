@@ -82,7 +82,7 @@ class HeldImage:
 
 
 class ImageHistory:
-    """The last ``images`` images, and the last ``scenes`` that were encoded.
+    """The last ``images`` images, and the last ``scenes`` that were asked about.
 
     An encoding takes far more memory than an image, hence two limits. An image is encoded when it
     is first asked about, and once, as long as its encoding is kept.
@@ -90,7 +90,7 @@ class ImageHistory:
 
     def __init__(self, images: int, scenes: int) -> None:
         self._latest: deque[HeldImage] = deque(maxlen=images)
-        self._encoded: deque[HeldImage] = deque()
+        self._encoded: deque[HeldImage] = deque()  # the last one asked about last
         self._scenes = scenes
 
     def add(self, image: HeldImage) -> Header | None:
@@ -136,12 +136,15 @@ class ImageHistory:
             except ImageError as error:
                 held.error = str(error)
                 raise
-            if not held.dropped:  # else somebody's still, but not to be found any more
-                self._encoded.append(held)
+        elif not held.dropped:
+            self._encoded.remove(held)
+        if not held.dropped:  # else somebody's still, but not to be found any more
+            self._encoded.append(held)
             if len(self._encoded) > self._scenes:
                 self._encoded.popleft().view = None
         return held.view
 
     def _all(self) -> list[HeldImage]:
         """Newest first; the encoded ones may be older than the latest."""
-        return list(dict.fromkeys([*reversed(self._latest), *reversed(self._encoded)]))
+        older = sorted(self._encoded, key=lambda held: held.arrived_s, reverse=True)
+        return list(dict.fromkeys([*reversed(self._latest), *older]))

@@ -41,6 +41,8 @@ TIMES = (
 """What is timed: each stage; all that is done for one image, and what of that is the node's own;
 from its stamp to its last output."""
 
+_ANSWERS = ("answers", " answered")  # how the names of counters of answers end
+_FAILURES = ("image", "internal")  # errors of the camera or the node, not of one who asks
 _WINDOW = 100  # latest times that the figures are taken over
 _LOG_INTERVAL_S = 1.0  # between two log lines about the same kind of error
 _SILENCE_S = 2.0  # without an image, after which that is worth a warning: a camera may be slower,
@@ -67,12 +69,15 @@ class Monitor:
         self.model_ms = 0.0  # all time of MODEL_STAGES so far
         self._at_work: dict[str, float] = {}  # stages, and when they began
         self._last_error = ""
+        self._failing_since_s: float | None = None  # the first failure since the last answer
         self._failure = ""
 
     def count(self, what: str, n: int = 1) -> None:
         """Add to a counter."""
         with self._lock:
             self._counts[what] += n
+            if what.endswith(_ANSWERS):
+                self._failing_since_s = None
 
     @property
     def counts(self) -> dict[str, int]:
@@ -94,6 +99,8 @@ class Monitor:
         with self._lock:
             self._counts[f"errors: {kind}"] += 1
             self._last_error = f"{kind}: {text}"
+            if kind in _FAILURES and self._failing_since_s is None:
+                self._failing_since_s = time.monotonic()
 
     def error(self, kind: str, text: str) -> None:
         """Count and remember an error; log it unless the same kind was logged just now."""
@@ -142,9 +149,10 @@ class Monitor:
     ) -> DiagnosticStatus:
         """What happened since the last status.
 
-        ERROR when the node cannot work, or a stage has been at work for longer than
-        ``stuck_after_s``; WARN when it is not active, hears no camera, or refused or dropped
-        something. The values are ``facts``, all counters, and the times, "n/a" before the first.
+        ERROR when the node cannot work, or for longer than ``stuck_after_s`` a stage has been at
+        work, or all that was tried has failed; WARN when it is not active, hears no camera, or
+        refused or dropped something. The values are ``facts``, all counters, and the times, "n/a"
+        before the first.
         """
         now = time.monotonic()
         with self._lock:
@@ -161,6 +169,13 @@ class Monitor:
                 message = f"stuck: {stage} has been at work for {now - began:.1f} s"
             elif state != "active":
                 message = state
+            elif (
+                errors
+                and self._failing_since_s is not None
+                and now - self._failing_since_s > stuck_after_s
+            ):
+                level = DiagnosticStatus.ERROR
+                message = f"no answer for {now - self._failing_since_s:.1f} s; {self._last_error}"
             elif errors:
                 message = f"{errors} errors; {self._last_error}"
             elif old:

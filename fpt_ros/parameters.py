@@ -52,7 +52,11 @@ FPT_PARAMETERS: tuple[Spec, ...] = (
         fixed=True,
     ),
     Spec(
-        "device", "cpu", "Where the model runs, as torch names it: cpu, cuda, cuda:1.", fixed=True
+        "device",
+        "cpu",
+        "Where the model runs, as torch names it: cpu, cuda, cuda:1. Of onnxruntime the GPU's "
+        "number: providers decides.",
+        fixed=True,
     ),
     Spec(
         "precision",
@@ -64,12 +68,12 @@ FPT_PARAMETERS: tuple[Spec, ...] = (
     Spec(
         "compile",
         False,
-        "Of torch: compile the model, which needs a C++ compiler. One query and joint samples "
-        "take half of the time, on a CPU with AMX dense outputs, too. Configuring takes longer, "
-        "most of all the first time.",
+        "Of torch: compile the model, which needs a C++ compiler. One query and up to 8 joint "
+        "samples take half of the time, on a CPU with AMX dense outputs, too. Configuring takes "
+        "longer, most of all the first time.",
         fixed=True,
     ),
-    Spec("threads", 0, "CPU threads of the model; 0: the backend's default.", 0, 256, fixed=True),
+    Spec("threads", 0, "CPU threads of the model; 0: PyTorch's default.", 0, 256, fixed=True),
     Spec(
         "image_transport",
         "raw",
@@ -176,7 +180,8 @@ FPT_PARAMETERS: tuple[Spec, ...] = (
     Spec(
         "stuck_after_s",
         5.0,
-        "A stage at work for longer than this is reported as stuck, s.",
+        "A stage at work for longer than this, or only failures for longer, is an ERROR of "
+        "/diagnostics, s.",
         0.1,
         3600.0,
     ),

@@ -99,6 +99,28 @@ def test_images_from_the_future_are_answered_and_reported(user: User) -> None:
     user.check_alive()  # an image with an earlier stamp is the newest again
 
 
+def test_images_that_all_fail_become_an_error_in_the_end(user: User) -> None:
+    user.check_alive()
+    assert user.client.set_parameter("/fpt", "stuck_after_s", 1.0).successful
+    levels: list[bytes] = []
+
+    def failing() -> bool:
+        unknown = array_to_image(picture(), "rgb8", user.header())
+        unknown.encoding = "rgb9"
+        user.client.publish("/image", unknown)
+        time.sleep(0.1)
+        levels.extend(m.status[0].level for m in user.client.received["/diagnostics"])
+        status = user.client.received["/diagnostics"][-1].status[0]
+        return status.level == DiagnosticStatus.ERROR and status.message.startswith("no answer for")
+
+    user.client.next("/diagnostics")
+    wait_until(failing)
+    assert DiagnosticStatus.WARN in levels  # a few that fail are the camera's
+    assert user.client.set_parameter("/fpt", "stuck_after_s", 5.0).successful
+    user.check_alive()
+    user.client.next("/diagnostics", lambda m: m.status[0].level != DiagnosticStatus.ERROR)
+
+
 def test_a_hundred_thousand_queries_are_refused(user: User) -> None:
     user.check_alive()
     user.send_queries(np.full((100_000, 2), 5.0))

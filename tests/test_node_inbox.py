@@ -151,6 +151,23 @@ def test_images_are_encoded_once_and_scenes_outlast_images(predictor: FlowPredic
     assert history.add(HeldImage(Image())) == start.header
 
 
+def test_who_keeps_asking_about_an_image_keeps_its_encoding(predictor: FlowPredictor) -> None:
+    def encode(msg: Image) -> View:
+        pixels = image_to_rgb(msg)
+        return View(pixels, predictor.encode(pixels))
+
+    history = ImageHistory(images=1, scenes=2)
+    planned, *others = (HeldImage(image(sec)) for sec in range(1, 5))
+    history.add(planned)
+    view = history.view(planned, encode)
+    for other in others:
+        history.add(other)
+        history.view(other, encode)
+        assert history.view(planned, encode) is view
+    assert [other.view is None for other in others] == [True, True, False]
+    assert history.find(10**9) is planned
+
+
 def test_an_image_that_cannot_be_read_is_tried_once(predictor: FlowPredictor) -> None:
     tries: list[Image] = []
 
