@@ -41,6 +41,7 @@ from fpt_model import FlowPredictor, load_model
 from fpt_model.allocator import keep_freed_memory
 from fpt_ros.pipeline import Settings, View, answer_asks
 from fpt_ros.planning import Goal, Plan, Search, Steps, default_tolerance, explore, plan
+from fpt_ros.pokes import RequestError
 from sim import HELD_OUT_KINDS, TRAIN_KINDS, Simulator
 from sim.dataset import SEED_STRIDE, SPLITS
 from sim.flow import point_flow
@@ -175,8 +176,12 @@ def act_out(task: Task, predictor: FlowPredictor) -> Row:
     threshold = predictor.config.kl_threshold
     rng = np.random.default_rng([task.seed, 2])
 
-    def choose(steps: Steps) -> Plan:
-        return answer_asks(predictor, view, steps, Settings()).first(1)
+    def choose(steps: Steps) -> Plan | None:
+        """The best poke; None, which moves nothing, where none is expected to reach the goal."""
+        try:
+            return answer_asks(predictor, view, steps, Settings()).first(1)
+        except RequestError:
+            return None
 
     def error(xy: Array, motion: Array) -> float:
         return float(np.linalg.norm(task.act(xy, motion) - task.motion) / task.length)
@@ -194,7 +199,7 @@ def act_out(task: Task, predictor: FlowPredictor) -> Row:
     start = time.perf_counter()
     moving = choose(plan(goal, (SIDE, SIDE), search))
     seconds = time.perf_counter() - start
-    moved = task.act(moving.pokes.xy[0], moving.pokes.flow[0])
+    moved = task.act(moving.pokes.xy[0], moving.pokes.flow[0]) if moving else np.zeros(2)
 
     length = OPENING * SIDE
     search = Search(threshold, min_length=length, max_length=length)
@@ -202,6 +207,7 @@ def act_out(task: Task, predictor: FlowPredictor) -> Row:
     goal = Goal(task.point, None, tolerance, keep_out=task.keep_out)
     opening = choose(plan(goal, (SIDE, SIDE), search))
     exploring = choose(explore((SIDE, SIDE), search, tolerance))
+    assert exploring is not None, "whatever is poked tells something"
     u, v = np.rint(exploring.pokes.xy[0]).astype(int)
 
     return Row(
@@ -209,12 +215,12 @@ def act_out(task: Task, predictor: FlowPredictor) -> Row:
         seed=task.seed,
         length=task.length,
         planner=float(np.linalg.norm(moved - task.motion) / task.length),
-        expected=float(moving.success[0]),
-        progress=float(moving.progress[0]),
+        expected=float(moving.success[0]) if moving else 0.0,
+        progress=float(moving.progress[0]) if moving else 0.0,
         progressed=float(moved @ task.motion / task.length**2),
         centre=error(task.centre, task.motion),
         random=anywhere(error, (shortest, longest)),
-        opened=opened(opening.pokes.xy[0], opening.pokes.flow[0]),
+        opened=opened(opening.pokes.xy[0], opening.pokes.flow[0]) if opening else 0.0,
         opened_centre=[
             opened(task.centre, random_motion(rng, length, length)) for _ in range(DRAWS)
         ],

@@ -124,7 +124,8 @@ class Plan:
             point moves at all.
         plausibility: probability that the poked point moves like this. With a motion: that it
             moves at all when left to itself, times that it then moves so if the goal is reached.
-        disturbance: expected share of the points to keep that move.
+        disturbance: expected share of the points to keep that move, farther than the tolerance
+            or, if that is more, than an opening's by default.
         progress, progress_std: expected displacement of the goal's point along its motion, as a
             share of it, and its standard deviation; without a motion: in px, along where it goes;
             exploring: 0.
@@ -205,9 +206,14 @@ def plan(goal: Goal, size: Size, search: Search, depth: Depth | None = None) -> 
             surface, nor goes behind something that does not move along.
 
     Raises:
-        RequestError: the goal's point or one to keep lies outside, no poke is possible, or the goal
-            is one in space and what predicts has no depth.
+        RequestError: the goal's point or one to keep lies outside, no poke is possible or expected
+            to reach the goal, or the goal is one in space and what predicts has no depth.
     """
+    if goal.motion is None and search.max_length <= goal.tolerance:
+        raise RequestError(
+            f"to open, pokes must be longer than the tolerance of {goal.tolerance:g} px, received "
+            f"{search.max_length:g} px as their greatest length"
+        )
     check_inside("goal", goal.point[None], size)
     check_inside("point to keep", goal.keep, size)
     rng = np.random.default_rng(search.seed)
@@ -219,8 +225,9 @@ def plan(goal: Goal, size: Size, search: Search, depth: Depth | None = None) -> 
     here = int(cells.containing(goal.point))
     pushed = _each(space.pokes(np.tile(goal.point, (len(pushes), 1)), pushes))
     answers = yield Ask([Pokes(), *pushed], cells.xy)
+    when_pushed = _stack(answers[1:])
     # [G], [H, G]; a goal in space: NaN where there is no surface
-    none, given = space.motion(answers[0], cells.xy), space.motion(_stack(answers[1:]), cells.xy)
+    none, given = space.motion(answers[0], cells.xy), space.motion(when_pushed, cells.xy)
     likely = np.ones(len(pushes))
     if goal.motion is None:
         likely = _alike(none[np.full(len(pushes), here)], pushes, goal.tolerance)
@@ -240,7 +247,7 @@ def plan(goal: Goal, size: Size, search: Search, depth: Depth | None = None) -> 
         motions.append(_motions(goal, none[place], given[drawn, place], rng))
     at, flow = _limit(at, np.concatenate(motions), search)
     pokes = space.pokes(cells.xy[at], flow)
-    hidden = space.goes_behind(pokes, cells, part)
+    hidden = space.goes_behind(pokes, (likely @ _receding(when_pushed))[at], cells, part)
     if hidden.all():
         raise RequestError(
             f"all of {len(pokes)} pokes would go behind the camera or something nearer"
@@ -254,8 +261,11 @@ def plan(goal: Goal, size: Size, search: Search, depth: Depth | None = None) -> 
     predicted = _stack(answers)  # [B, Q]
 
     # in the image: what must stay may have no depth
-    stays = predicted[:, 1:].marginal(2).probability_within(np.zeros(2), goal.tolerance)
-    moved, kept = 1 - stays[:, : len(points)], stays[:, len(points) :]
+    others = predicted[:, 1:].marginal(2)
+    slow = default_tolerance(None, size)
+    moved = 1 - others[:, : len(points)].probability_within(np.zeros(2), goal.tolerance)
+    # of a goal that is far away the tolerance is large, too
+    kept = others[:, len(points) :].probability_within(np.zeros(2), min(goal.tolerance, slow))
     target = space.motion(predicted[:, 0], goal.point)
     if goal.motion is None:
         success = moved.mean(1)
@@ -266,15 +276,21 @@ def plan(goal: Goal, size: Size, search: Search, depth: Depth | None = None) -> 
     else:
         success = target.probability_within(goal.motion, goal.tolerance)
         alike = given[0][at].probability_within(flow, goal.tolerance, _CHECKS)
-        slow = default_tolerance(None, size)
         plausibility = alike * (1 - none[at].probability_within(still, slow, _CHECKS))
         unit = float(np.linalg.norm(goal.motion))
         way = np.broadcast_to(goal.motion / unit, flow.shape)
     disturbance = (1 - kept).mean(1) if len(goal.keep) else np.zeros(len(flow))
     variance = np.einsum("bi,bij,bj->b", way, target.covariance(), way)
+    score = success * plausibility * (1 - disturbance)
+    if not score.max() > 0:
+        raise RequestError(
+            f"none of {len(pokes)} pokes is expected to reach the goal: success_probability is at "
+            f"most {success.max():.2g}, plausibility {plausibility.max():.2g}, disturbance at "
+            f"least {disturbance.min():.2g}"
+        )
     return Plan(
         pokes=pokes,
-        score=success * plausibility * (1 - disturbance),
+        score=score,
         success=success,
         plausibility=plausibility,
         disturbance=disturbance,
@@ -399,18 +415,20 @@ class _Space:
         return Pokes(xy, flow[:, :2], flow[:, 2] / _px_per_metre(xy, self._depth))
 
     def goes_behind(
-        self, pokes: Pokes, cells: _Cells, part: NDArray[np.bool_]
+        self, pokes: Pokes, receding: Array, cells: _Cells, part: NDArray[np.bool_]
     ) -> NDArray[np.bool_]:
         """Which pokes ``[N]`` lead their point behind the camera, or what is seen in front of it.
 
-        The cells of ``part [G]`` move along. A poke whose motion in depth is unknown stays at its
-        depth.
+        The cells of ``part [G]`` move along. A poke whose motion in depth is unknown goes
+        ``receding [N]`` m away: on a table what comes nearer in the image does so in space, and
+        would else be taken to go below its top. Where that is NaN nothing is known to be in front.
         """
         if self._depth is None:
             return np.zeros(len(pokes), bool)
         camera, z = self._depth.intrinsics, self._depth.at(pokes.xy)
         start = camera.unproject(pokes.xy, z)
-        end = camera.unproject(pokes.xy + pokes.flow, z + np.nan_to_num(pokes.dz))
+        dz = np.where(np.isnan(pokes.dz), receding, pokes.dz)
+        end = camera.unproject(pokes.xy + pokes.flow, z + dz)
         hidden = pokes.pass_camera(z)
         for share in np.arange(1, _ON_THE_WAY + 1) / _ON_THE_WAY:
             point = start + share * (end - start)
@@ -456,6 +474,11 @@ def _stack(mixtures: Sequence[FlowMixture]) -> FlowMixture:
         np.stack([m.means for m in mixtures]),
         np.stack([m.scale_tril for m in mixtures]),
     )
+
+
+def _receding(mixture: FlowMixture) -> Array:
+    """Expected motion in depth of predictions, m; NaN where none is predicted."""
+    return mixture.mean()[..., 2] if mixture.dims == 3 else np.full(mixture.shape, np.nan)
 
 
 def _each(pokes: Pokes) -> list[Pokes]:

@@ -98,6 +98,7 @@ class PokePlanner(Node):
         self._depths: DepthHistory | None = None  # None: the model has no use for depth
         self._of_depth: Subscription | None = None  # the same
         self._display = Display()
+        self._to_publish: PlanPoke.Request | None = None  # the latest that wants it
         self._steady = Clock(clock_type=ClockType.STEADY_TIME)
         self._pokes = self.create_publisher(PokeArray, "pokes", 10)
         self._markers = self.create_publisher(MarkerArray, "~/markers", 10)
@@ -133,6 +134,8 @@ class PokePlanner(Node):
     async def _serve(
         self, request: PlanPoke.Request, response: PlanPoke.Response
     ) -> PlanPoke.Response:
+        if request.publish:
+            self._to_publish = request
         try:
             header, size = await self._look(request)
             if not await self._comes(lambda: self._info is not None):
@@ -143,7 +146,8 @@ class PokePlanner(Node):
             response.header, response.pokes = header, ranked_pokes(chosen)
             if self._markers.get_subscription_count():
                 self._mark(chosen, header, size, depth, np.array([request.x, request.y]))
-            if request.publish:
+            publish = self._to_publish is request  # what was asked for later is not undone
+            if publish:
                 # as the goal was meant: for the image it names, or for the newest and all after it
                 self._pokes.publish(pokes_to_msg(chosen.first(1).pokes, request.header))
             response.success = True

@@ -21,6 +21,7 @@ from rclpy.action import ActionClient, get_action_server_names_and_types_by_node
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.parameter import Parameter
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
+from rclpy.task import Future
 
 from fpt_model import FlowPokeTransformer, FPTConfig, save_model
 from fpt_ros import environment
@@ -253,14 +254,20 @@ class Client:
 
     def call(self, srv_type: type, name: str, request: Any, timeout_s: float = 30.0) -> Any:
         """Call a service; returns its response."""
+        future = self.call_async(srv_type, name, request, timeout_s)
+        wait_until(future.done, timeout_s, lambda: f"{name} did not answer")
+        return future.result()
+
+    def call_async(
+        self, srv_type: type, name: str, request: Any, timeout_s: float = 30.0
+    ) -> Future:
+        """The same without waiting for the response."""
         # kept: a response that comes before the server knows where it goes is lost
         if name not in self._services:
             self._services[name] = self.node.create_client(srv_type, name)
         client = self._services[name]
         assert client.wait_for_service(timeout_s), f"no service {name}"
-        future = client.call_async(request)
-        wait_until(future.done, timeout_s, lambda: f"{name} did not answer")
-        return future.result()
+        return client.call_async(request)
 
     def set_parameter(self, node: str, name: str, value: Any) -> Any:
         """Set a parameter of the node with this full name; returns whether, or why not."""

@@ -32,6 +32,7 @@ from node_user import (
     running_node,
     values_of,
 )
+from rclpy.task import Future
 from sensor_msgs.msg import Image
 from std_msgs.msg import Header
 from visualization_msgs.msg import Marker, MarkerArray
@@ -68,10 +69,15 @@ class Set(NamedTuple):
     header: Header
 
     def ask(self, **fields: Any) -> PlanPoke.Response:
+        response = self.ask_async(**fields)
+        wait_until(response.done, 60.0)
+        return response.result()
+
+    def ask_async(self, **fields: Any) -> Future:
         for name in ("keep", "keep_out"):
             fields[name] = flat_array("f", np.array(fields.get(name, []), np.float32))
         request = PlanPoke.Request(**{"header": self.header, **fields})
-        return self.user.client.call(PlanPoke, "/poke_planner/plan_poke", request, 60.0)
+        return self.user.client.call_async(PlanPoke, "/poke_planner/plan_poke", request)
 
     def set_parameter(self, name: str, value: float) -> None:
         """Of the planner."""
@@ -185,6 +191,26 @@ def test_the_best_poke_is_sent_to_the_fpt_node_as_the_goal_was_meant(nodes: Set)
     assert answer.header == newest, answer.message
     standing = nodes.user.client.next("/pokes", lambda m: not m.header.stamp.sec)
     assert standing.pokes[0].x == poke.x
+
+
+def test_of_plans_that_overlap_the_one_asked_for_last_is_sent(nodes: Set) -> None:
+    received = nodes.user.client.received["/pokes"]
+    received.clear()
+    asked = [
+        nodes.ask_async(**GOAL, publish=True),
+        nodes.ask_async(**{**GOAL, "seed": 8}, publish=True),
+        nodes.ask_async(**{**GOAL, "seed": 9}),
+    ]
+    wait_until(lambda: all(response.done() for response in asked), 60.0)
+    assert all(response.result().success for response in asked)
+    (sent,) = nodes.user.client.next("/pokes").pokes
+    assert (sent.x, sent.y) != (
+        asked[0].result().pokes[0].poke.x,
+        asked[0].result().pokes[0].poke.y,
+    )
+    assert sent == asked[1].result().pokes[0].poke
+    time.sleep(0.5)
+    assert len(received) == 1
 
 
 def test_markers_show_the_ranked_pokes(nodes: Set) -> None:

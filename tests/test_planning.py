@@ -183,7 +183,8 @@ def test_a_part_is_pulled_toward_the_camera() -> None:
 
 def test_no_poke_ends_behind_the_camera() -> None:
     point, depth = np.array([60.0, 50.0]), Depth(room(), CAMERA)
-    goal = Goal(point, motion_in_space(point, np.zeros(2), -1.2, depth), 4.0)
+    true = image_motion(point, NEAR_M, [0, 0, -1.2], CAMERA)
+    goal = Goal(point, motion_in_space(point, true[:2], -1.2, depth), 40.0)
     found = follow(plan(goal, SIZE, SEARCH, depth), drawer_in_space)
     assert found.pokes.dz.min() < -1.2  # drawn longer than asked for, too
     assert (found.pokes.dz > -depth.at(found.pokes.xy)).all()
@@ -191,11 +192,14 @@ def test_no_poke_ends_behind_the_camera() -> None:
         motion_in_space(point, np.zeros(2), -1.5, depth)
 
 
+RECEDES_M = 0.02  # by less than makes one thing be in front of another
+
+
 def receding_drawer(pokes: Pokes, queries: np.ndarray) -> FlowMixture:
-    """The drawer in the image; all goes 0.1 m away from the camera, as far as depth is known."""
+    """The drawer in the image; all goes a bit away from the camera, as far as depth is known."""
     assert np.isnan(pokes.dz).all()
     flat = drawer(pokes, queries)
-    means = np.concatenate([flat.means, np.full((*flat.means.shape[:-1], 1), 0.1)], -1)
+    means = np.concatenate([flat.means, np.full((*flat.means.shape[:-1], 1), RECEDES_M)], -1)
     tril = np.tile(0.01 * np.eye(3), (*flat.means.shape[:-1], 1, 1))
     tril[..., :2, :2] = flat.scale_tril
     unknown = queries[:, 0] > 150
@@ -221,7 +225,7 @@ def test_predictions_in_space_serve_a_goal_in_the_image() -> None:
     alone = follow(plan(goal, SIZE, SEARCH), drawer)
     np.testing.assert_allclose(found.score, alone.score)
     np.testing.assert_array_equal(found.pokes.xy, alone.pokes.xy)
-    best = displacement(point, NEAR_M, [*alone.pokes.flow[0], 0.1 / NEAR_M], CAMERA)
+    best = displacement(point, NEAR_M, [*alone.pokes.flow[0], RECEDES_M / NEAR_M], CAMERA)
     np.testing.assert_allclose(found.motion[0], best, atol=1e-9)
     assert np.isnan(alone.motion).all()
 
@@ -245,7 +249,7 @@ def test_no_poke_goes_behind_what_is_in_front_of_it() -> None:
     metres = room()
     metres[:, 90:95] = 1.0  # a pole before the wall, beside the part
     goal = Goal(np.array([60.0, 50.0]), np.array([25.0, 0.0]), 6.0)
-    found = follow(plan(goal, SIZE, SEARCH, Depth(metres, CAMERA)), drawer)
+    found = follow(plan(goal, SIZE, SEARCH, Depth(metres, CAMERA)), receding_drawer)
     right = found.pokes.flow[:, 0] > 12
     ends = found.pokes.xy + found.pokes.flow
     assert right.sum() > 20
@@ -257,7 +261,39 @@ def test_no_poke_goes_behind_what_is_in_front_of_it() -> None:
     with pytest.raises(
         RequestError, match=r"all of \d+ pokes would go behind the camera or something nearer"
     ):
-        follow(plan(goal, SIZE, only, Depth(metres, CAMERA)), drawer)
+        follow(plan(goal, SIZE, only, Depth(metres, CAMERA)), receding_drawer)
+
+
+def test_what_slides_toward_the_camera_on_a_table_does_not_go_below_its_top() -> None:
+    """A poke that leaves open how far away it goes is taken to go as the model expects there."""
+    y = np.mgrid[: SIZE[0], : SIZE[1]][0]
+    depth = Depth((FAR_M - 0.01 * y).astype(np.float32), CAMERA)  # nearer farther down
+
+    def cup(pokes: Pokes, queries: np.ndarray) -> FlowMixture:
+        """It slides on the table, down in the picture by about 20 px; a poke on it is followed."""
+        moving = on_part(queries)
+        flow = np.zeros((len(queries), 2, 2))
+        poked = len(pokes) and on_part(pokes.xy)[0]
+        flow[moving] = pokes.flow[0] if poked else [[0.0, 20.0], [0.0, 0.0]]
+        means = np.concatenate([flow, -0.01 * flow[..., 1:]], -1)
+        tril = np.broadcast_to([0.5, 0.5, 0.002] * np.eye(3), (*flow.shape[:-1], 3, 3))
+        return FlowMixture(np.full(flow.shape[:-1], np.log(0.5)), means, tril)
+
+    goal = Goal(np.array([60.0, 50.0]), np.array([0.0, 20.0]), 4.0)
+    found, alone = (follow(plan(goal, SIZE, SEARCH, d), cup) for d in (depth, None))
+    near_its_edge = on_part(found.pokes.xy) & (found.pokes.xy[:, 1] > 60)
+    assert found.score[near_its_edge].max() == pytest.approx(alone.score[0], rel=0.05)
+    away = Goal(goal.point, np.array([0.0, -20.0]), 4.0)
+    with pytest.raises(RequestError, match=r"none of \d+ pokes is expected to reach the goal"):
+        follow(plan(away, SIZE, SEARCH), lambda pokes, queries: cup(Pokes(), queries))
+
+
+def test_opening_needs_pokes_longer_than_what_counts_as_moving() -> None:
+    goal = Goal(np.array([60.0, 50.0]), None, 3.0)
+    found = follow(plan(goal, SIZE, replace(SEARCH, max_length=4.0)), drawer)
+    assert found.score[0] > 0
+    with pytest.raises(RequestError, match="longer than the tolerance of 3 px, received 3 px"):
+        follow(plan(goal, SIZE, replace(SEARCH, max_length=3.0)), drawer)
 
 
 def test_points_to_keep_decide_where_to_poke() -> None:
@@ -278,6 +314,9 @@ def test_points_to_keep_decide_where_to_poke() -> None:
     np.testing.assert_allclose(found.disturbance[left], 0.5, atol=1e-3)  # one of two
     np.testing.assert_allclose(found.disturbance[~left], 0, atol=1e-3)
     assert not left[0]
+    # also where they move less than the goal's tolerance
+    loose = follow(plan(Goal(point, motion, 9.0, keep=kept), SIZE, SEARCH), coupled)
+    assert loose.disturbance[loose.pokes.xy[:, 0] < 60].min() > 0.4
     free = follow(plan(Goal(point, motion, 2.0), SIZE, SEARCH), coupled)
     np.testing.assert_array_equal(free.disturbance, 0)
 
