@@ -4,10 +4,10 @@
     python -m sim.dataset --out DIR --split train --images 60000 --size 128 --workers 2
 
 writes DIR/train-000000.tar ... and DIR/manifest-train.json (checksums, settings). A shard depends
-on the split, its index, the settings, `GENERATOR` and the renderer alone (foreign ones on the
-packages, too), so shards may be made by any number of workers or jobs (`--shards i:n` makes each
-n-th one, starting with i); finished ones are kept when the command is repeated. The split "foreign"
-needs `--assets`, see `sim.foreign`.
+on the split, its index, the settings, `GENERATOR`, MuJoCo and the renderer alone (foreign ones on
+the packages, too), so shards may be made by any number of workers or jobs (`--shards i:n` makes
+each n-th one, starting with i); finished ones are kept when the command is repeated. The split
+"foreign" needs `--assets`, see `sim.foreign`.
 
 An image's members: rgb.jpg, depth.png (uint16, `depth_scale` metres a step, 0 = none), bodies.png
 (uint8), body_motion.npy [F, n, 4, 4], camera_motion.npy [F, 4, 4] and meta.json. Conventions are
@@ -24,15 +24,19 @@ import json
 import multiprocessing
 import os
 import re
+import signal
 import sys
+import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
+from importlib import metadata
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import cv2
@@ -56,10 +60,13 @@ SPLITS: dict[str, tuple[str, ...]] = {
 SEED_STRIDE = 3
 """World seeds of one number; fixed, so that the seeds of stored shards stay theirs."""
 
+_ABANDONED_S = 86400.0
+"""Age of an unfinished file that no job is taken to write any more."""
+
 FORMAT = 2
 """Version of the shards' layout, in each manifest."""
 
-GENERATOR = 12
+GENERATOR = 13
 """Raised when worlds or futures of the same seed change: shards of two versions do not mix."""
 
 
@@ -299,7 +306,11 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _write_shard(job: tuple[Path, str, int, Settings, Path | None]) -> int:
+_Job = tuple[Path, str, int, Settings, Path | None]
+"""Of one shard: its folder, split, number and settings, and the assets of "foreign"."""
+
+
+def _write_shard(job: _Job) -> int:
     """Writes one shard unless it is there already; returns its number of images."""
     import webdataset
 
@@ -311,14 +322,19 @@ def _write_shard(job: tuple[Path, str, int, Settings, Path | None]) -> int:
             with webdataset.TarWriter(
                 str(unfinished), user="fpt", group="fpt", mtime=0.0
             ) as writer:
+                done = 0
                 try:
                     for sample in generate(split, shard, settings, assets):
                         writer.write(sample)
-                except (ValueError, RuntimeError) as error:
-                    raise ShardError(f"{path.name}: {error}") from error
+                        done += 1
+                except Exception as error:  # MuJoCo's and OpenCV's have no base class of their own
+                    raise ShardError(
+                        f"{path.name}, image {done}: {type(error).__name__}: {error}"
+                    ) from error
             record = {
                 "file": path.name,
                 "images": settings.images_per_shard,
+                "bytes": unfinished.stat().st_size,
                 "sha256": sha256(unfinished),
                 **_recipe(settings),
             }
@@ -327,9 +343,22 @@ def _write_shard(job: tuple[Path, str, int, Settings, Path | None]) -> int:
 
 
 def _use_one_thread() -> None:
-    """Of a worker process: the processes are the parallelism, also for Mesa's renderer."""
+    """The processes are the parallelism, also for Mesa's renderer."""
     cv2.setNumThreads(1)
     os.environ.setdefault("LP_NUM_THREADS", "0")
+
+
+def _start_worker() -> None:
+    """Of a worker process: it ends with the one that started it, however that ends."""
+    _use_one_thread()
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    Thread(target=watch, daemon=True).start()
 
 
 @contextmanager
@@ -343,6 +372,8 @@ def _whole_or_not(path: Path) -> Iterator[Path]:
     unfinished = path.with_name(name)
     try:
         yield unfinished
+        with unfinished.open("rb") as file:
+            os.fsync(file.fileno())  # or after a power failure the name may stand for nothing
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
@@ -355,8 +386,12 @@ def _write_text(path: Path, text: str) -> None:
 
 
 def _recipe(settings: Settings) -> dict[str, Any]:
-    """What makes two shards of the same index equal."""
-    return {"generator": GENERATOR, "settings": asdict(settings)}
+    """What makes two shards of the same index equal; older ones do not tell MuJoCo's version."""
+    return {
+        "generator": GENERATOR,
+        "settings": asdict(settings),
+        "mujoco": metadata.version("mujoco"),  # whose solver decides where what is pushed ends
+    }
 
 
 def _read_note(note: Path) -> dict[str, Any]:
@@ -377,9 +412,14 @@ def _finished(path: Path, note: Path, settings: Settings) -> bool:
         return False
     wanted = _recipe(settings)
     record = _read_note(note)
-    found = {key: record.get(key) for key in wanted}
+    found = {key: record.get(key, wanted["mujoco"] if key == "mujoco" else None) for key in wanted}
     if found != wanted:
         raise ValueError(f"{path} was made with {found}, not {wanted}: choose another --out")
+    size = path.stat().st_size
+    if size != record.get("bytes", size):
+        raise ValueError(
+            f"{path} has {size} bytes, its note says {record['bytes']}: remove it, and it is redone"
+        )
     return True
 
 
@@ -403,11 +443,11 @@ def _write_manifest(out: Path, split: str, shards: int) -> dict[str, Any]:
     beside = (tar.with_suffix(".json") for tar in shard_files(out, split))
     notes = [note for note in beside if note.exists()]
     records = [_read_note(note) for note in notes]
-    first = records[0] if records else {}
-    recipe = {key: first.get(key) for key in ("generator", "settings")}
+    known = {key: value for record in reversed(records) for key, value in record.items()}
+    recipe = {key: known.get(key) for key in ("generator", "settings", "mujoco")}
     for note, record in zip(notes, records, strict=True):
         for key, value in recipe.items():
-            if record.get(key) != value:
+            if record.get(key, value if key == "mujoco" else None) != value:
                 raise ValueError(
                     f"{out} mixes shards: {notes[0].name} has {key} {value}, {note.name} has "
                     f"{record.get(key)}"
@@ -465,27 +505,39 @@ def write_dataset(
 
         check_assets(assets)
     out.mkdir(parents=True, exist_ok=True)
+    for unfinished in out.glob(f"{split}-*.partial"):  # of a process that was killed
+        if time.time() - unfinished.stat().st_mtime > _ABANDONED_S:
+            unfinished.unlink(missing_ok=True)
     shards = -(-images // settings.images_per_shard)
     jobs = [(out, split, i, settings, assets) for i in range(job[0], shards, job[1])]
     total = len(jobs) * settings.images_per_shard
-    with tqdm(total=total, unit="image", desc=split, smoothing=0.05) as progress:
-        if workers == 1:
-            for item in jobs:
-                progress.update(_write_shard(item))
-        else:
-            # Fresh processes: OpenGL contexts do not survive a fork.
-            # Of a pool whose process was killed (out of memory) this one raises BrokenProcessPool.
-            context = multiprocessing.get_context("spawn")
-            with ProcessPoolExecutor(
-                workers, mp_context=context, initializer=_use_one_thread
-            ) as pool:
-                try:
-                    for done in as_completed([pool.submit(_write_shard, item) for item in jobs]):
-                        progress.update(done.result())
-                except BaseException:
-                    pool.shutdown(cancel_futures=True)
-                    raise
+    try:
+        with tqdm(total=total, unit="image", desc=split, smoothing=0.05) as progress:
+            for images_done in _written(jobs, workers):
+                progress.update(images_done)
+    except BaseException:
+        # what was added must be listed, or training refuses all that is there
+        with suppress(OSError, ValueError):
+            write_manifest(out, split, shards)
+        raise
     return write_manifest(out, split, shards)
+
+
+def _written(jobs: list[_Job], workers: int) -> Iterator[int]:
+    """Writes the shards; yields each one's number of images as it is done."""
+    if workers == 1:
+        yield from map(_write_shard, jobs)
+        return
+    # Fresh processes: OpenGL contexts do not survive a fork.
+    # Of a pool whose process was killed (out of memory) this one raises BrokenProcessPool.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:
+        try:
+            for done in as_completed([pool.submit(_write_shard, item) for item in jobs]):
+                yield done.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def verify(out: Path, split: str) -> None:
@@ -497,7 +549,8 @@ def verify(out: Path, split: str) -> None:
         found = sha256(out / record["file"])
         if found != record["sha256"]:
             raise ValueError(
-                f"{out / record['file']} has sha256 {found}, the manifest says {record['sha256']}"
+                f"{out / record['file']} has sha256 {found}, the manifest says "
+                f"{record['sha256']}: remove it, and it is redone"
             )
 
 
@@ -543,6 +596,8 @@ def main() -> None:
     )
     args = parser.parse_args()
     _use_one_thread()
+    # as Ctrl-C: nothing half done is left, and what is done is listed
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         settings = Settings(
             size=args.size,

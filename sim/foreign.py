@@ -29,6 +29,7 @@ PACKAGES = {"metaworld": "3.1.1", "gymnasium_robotics": "1.4.2"}
 INSTALL = "pip install --no-deps --target DIR metaworld==3.1.1 gymnasium-robotics==1.4.2"
 
 _ROBOTS = {"base", "mocap", "panda0_link0"}  # bodies: the whole tree that one is in is hidden
+_OPAQUE = 0.5  # alpha from which a geom hides more of what is behind it than it shows
 _VISIBLE_GROUPS = 3  # MuJoCo's viewers draw the geom groups below this one
 _MOVABLE = (mujoco.mjtJoint.mjJNT_HINGE, mujoco.mjtJoint.mjJNT_SLIDE)
 
@@ -92,12 +93,15 @@ def load_world(thing: ForeignObject, assets: Path) -> World:
     for part in parts:
         part.home = float(model.qpos0[model.jnt_qposadr[part.joint.id]])
 
-    tree = np.arange(model.nbody)  # [nbody] the child of the world that each body is in
-    for body in range(1, model.nbody):
-        parent = model.body_parentid[body]
-        tree[body] = tree[parent] if parent else body
+    tree = model.body_rootid  # [nbody] the child of the world that each body is in
     robots = {tree[i] for i in range(model.nbody) if model.body(i).name in _ROBOTS}
-    model.geom_group[np.isin(tree[model.geom_bodyid], list(robots))] = COLLISION_ONLY_GROUP
+    hidden = np.isin(tree[model.geom_bodyid], list(robots))
+    # What a picture shows behind a pane does not move with it, but all else than colours is drawn
+    # as if the pane were opaque.
+    painted = model.geom_matid >= 0
+    alpha = model.geom_rgba[:, 3].copy()
+    alpha[painted] = model.mat_rgba[model.geom_matid[painted], 3]
+    model.geom_group[hidden | (alpha < _OPAQUE)] = COLLISION_ONLY_GROUP
 
     data = mujoco.MjData(model)
     mujoco.mj_kinematics(model, data)

@@ -131,7 +131,8 @@ class Simulator:
         self.model = self._world.model
         self.data = mujoco.MjData(self.model)
         self._scratch = mujoco.MjData(self.model)
-        self._body_of_geom = self._movable_bodies()[self.model.geom_bodyid].astype(np.uint8)
+        # What no joint moves against its parent is one body with it; 0: what is static.
+        self._body_of_geom = self.model.body_weldid[self.model.geom_bodyid].astype(np.uint8)
         self._body_of_part = np.array([p.body.id for p in self._world.parts])
         self._subject = np.zeros(256, bool)  # [body] moves with a joint of the main asset
         self._shadows = False
@@ -161,16 +162,6 @@ class Simulator:
     def has_free_bodies(self) -> bool:
         """Whether any body can be pushed or carried off; foreign worlds have none."""
         return bool(self._world.free_bodies)
-
-    def _movable_bodies(self) -> NDArray[np.int64]:
-        """[nbody] the rigid body that each belongs to: itself if a joint moves it against its
-        parent, else its parent's; 0: what is static."""
-        model = self.model
-        movable = np.zeros(model.nbody, np.int64)
-        for body in range(1, model.nbody):
-            parent = model.body_parentid[body]
-            movable[body] = body if model.body_dofnum[body] else movable[parent]
-        return movable
 
     def _index_parts(self) -> None:
         """Caches what futures ask for each part: addresses, limits, the bodies it carries."""
@@ -370,18 +361,36 @@ class Simulator:
                 data.qpos[here] = (*xy, max(levels) + pose.height, *pose.quat)
                 yaw = np.array([0, 0, rng.uniform(-np.pi, np.pi)])
                 self._turn(data.qpos[here][3:], yaw)
+                mujoco.mj_kinematics(model, data)
                 if self._overlap(body) < _EVEN * body.radius:
                     break
                 data.qpos[here] = away
                 mujoco.mj_kinematics(model, data)
 
-    def _overlap(self, body: FreeBody) -> float:
-        """How deep a free body is in others or in what is fixed (m)."""
-        mujoco.mj_kinematics(self.model, self.data)
-        mujoco.mj_collision(self.model, self.data)
-        contact = self.data.contact
+    def _touching(self, qpos: NDArray[np.float64] | None) -> mujoco.MjData:
+        """The contacts in the present state, or in `qpos`."""
+        data = self._scratch
+        data.qpos[:] = self.data.qpos if qpos is None else qpos
+        mujoco.mj_kinematics(self.model, data)
+        mujoco.mj_collision(self.model, data)
+        return data
+
+    def _overlap(self, body: FreeBody, qpos: NDArray[np.float64] | None = None) -> float:
+        """How deep a free body is in others or in what is fixed (m); in `qpos`, or now."""
+        contact = self._touching(qpos).contact
         own = (self.model.geom_bodyid[contact.geom] == body.part.body.id).any(1)
         return -float(contact.dist[own].min(initial=0.0))
+
+    def _bears(self, i: int) -> bool:
+        """Whether another free body lies on the free body that is part `i`."""
+        data = self._touching(None)
+        below = self._body_of_part[i]
+        free = {body.part.body.id for body in self._world.free_bodies} - {below}
+        for pair in self.model.geom_bodyid[data.contact.geom]:
+            others = free & set(pair)
+            if below in pair and any(data.xpos[other, 2] > data.xpos[below, 2] for other in others):
+                return True
+        return False
 
     def _surface(self, xy: NDArray[np.float64], ceiling: float) -> tuple[float, int]:
         """Height (m) and geom of the first surface below (x, y, ceiling); -inf, -1: none."""
@@ -552,7 +561,11 @@ class Simulator:
         names = []
         qpos = self.data.qpos.copy()
         by_hand = rng.random() < 0.3
-        pushed = [i for i in chosen if parts[i].free and not (by_hand or parts[i].held)]
+        pushed = [
+            i
+            for i in chosen
+            if parts[i].free and not parts[i].held and (not by_hand or self._bears(i))
+        ]
         driven = {}
         for i in chosen:
             if not parts[i].free:
@@ -682,7 +695,19 @@ class Simulator:
         return max(shift, turned) < _JITTER * body.extent
 
     def _carry(self, rng: np.random.Generator, i: int, qpos: NDArray[np.float64]) -> None:
-        """Moves a free body as a hand does: along the support, up, turned or tilted."""
+        """Moves a free body as a hand does: along the support, up, turned or tilted.
+
+        Not into others, nor into what is fixed; where no draw is so it stays.
+        """
+        body = next(body for body in self._world.free_bodies if body.part is self._world.parts[i])
+        for _ in range(_DRAWS):
+            moved = qpos.copy()
+            self._draw_carrying(rng, i, moved)
+            if self._overlap(body, moved) <= max(_EVEN * body.radius, self._overlap(body)):
+                qpos[:] = moved
+                return
+
+    def _draw_carrying(self, rng: np.random.Generator, i: int, qpos: NDArray[np.float64]) -> None:
         address = self._qpos_of_part[i]
         size = np.exp(rng.uniform(np.log(0.05), 0.0))
         reach = self._world.main_extent.x * size

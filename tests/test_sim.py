@@ -353,7 +353,7 @@ def test_what_no_joint_moves_against_its_parent_is_one_body_with_it() -> None:
     tied = 0
     for kind, seed in itertools.product(("arm", "assembly"), range(4)):
         world = Simulator(kind, seed, (32, 32))
-        model, own = world.model, world._movable_bodies()
+        model, own = world.model, world.model.body_weldid
         for body in range(1, model.nbody):
             if model.body_dofnum[body]:
                 assert own[body] == body
@@ -362,6 +362,25 @@ def test_what_no_joint_moves_against_its_parent_is_one_body_with_it() -> None:
                 tied += own[body] > 0
         assert set(np.unique(world.render().bodies)) <= set(own)
     assert tied
+
+
+def test_what_is_carried_does_not_end_in_other_things_nor_leaves_what_it_bears() -> None:
+    carried = stacked = 0
+    for seed in (45, 138, 309, 3, 6, 9):
+        world, rng = Simulator("body", seed, (64, 64)), np.random.default_rng(seed)
+        parts = world._world.parts
+        stacked += sum(world._bears(i) for i in range(len(parts)) if parts[i].free)
+        for _ in range(12):
+            future = world.sample_future(rng)
+            for body in world._world.free_bodies:
+                index = parts.index(body.part)
+                if f"free body {body.part.body.id} is carried" in future.description:
+                    carried += 1
+                    assert not world._bears(index) or body.part.held
+                    before, after = world._overlap(body), world._overlap(body, future.qpos)
+                    assert after <= max(0.1 * body.radius, before) + 1e-9
+    assert carried > 10
+    assert stacked
 
 
 def test_a_link_takes_the_links_beyond_it_along() -> None:

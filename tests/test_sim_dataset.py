@@ -3,10 +3,15 @@
 
 import json
 import multiprocessing
+import signal
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+from node_harness import wait_until
 
 from sim import HELD_OUT_KINDS, TRAIN_KINDS, dataset
 from sim.dataset import Settings
@@ -86,6 +91,52 @@ def test_fewer_images_than_are_there_keep_the_manifest_whole(tmp_path):
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json"] * 3 + [".tar"]
 
 
+def test_what_an_extension_that_fails_has_added_is_listed(tmp_path, monkeypatch):
+    settings = replace(SMALL, size=16, images_per_shard=1, images_per_world=1)
+    dataset.write_dataset(tmp_path, "train", 1, settings)
+    generate = dataset.generate
+
+    def failing(split, shard, *rest):
+        if shard == 2:
+            raise OSError("no space left")
+        return generate(split, shard, *rest)
+
+    monkeypatch.setattr(dataset, "generate", failing)
+    with pytest.raises(dataset.ShardError, match=r"train-000002\.tar, image 0: OSError: no space"):
+        dataset.write_dataset(tmp_path, "train", 4, settings)
+    assert len(Shards(tmp_path, "train")) == 2
+    assert not json.loads((tmp_path / "manifest-train.json").read_text())["complete"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_workers_end_with_the_process_that_started_them(tmp_path, number):
+    arguments = ["--split", "train", "--images", "400", "--images-per-shard", "2", "--size", "16"]
+    arguments += ["--workers", "2", "--images-per-world", "1", "--out", str(tmp_path)]
+    parent = subprocess.Popen([sys.executable, "-m", "sim.dataset", *arguments])
+    try:
+        wait_until(lambda: list(tmp_path.glob("*.tar")), 60.0)
+        listed = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text()
+        children = [int(pid) for pid in listed.split()]
+        assert len(children) >= 2
+        parent.send_signal(number)
+        code = parent.wait(60)
+    finally:
+        parent.kill()
+
+    def ended(pid: int) -> bool:
+        try:
+            return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+
+    wait_until(lambda: all(map(ended, children)), 30.0)
+    if number == signal.SIGTERM:
+        assert code == 128 + number
+        assert not list(tmp_path.glob("*.partial"))
+        listed = json.loads((tmp_path / "manifest-train.json").read_text())["shards"]
+        assert len(listed) == len(list(tmp_path.glob("*.tar"))) < 200
+
+
 def test_two_processes_that_make_one_shard_do_not_mix(tmp_path, monkeypatch):
     """As when a job is queued again while it still runs."""
     settings = replace(SMALL, size=16, images_per_shard=2, images_per_world=1)
@@ -124,8 +175,12 @@ def test_the_manifest_tells_the_shards_generator_and_refuses_mixtures(tmp_path):
     notes[0].write_text(json.dumps(older[0]))
     with pytest.raises(ValueError, match=r"mixes shards: .* generator 1, .* has"):
         dataset.write_manifest(tmp_path, "train", 2)
+    del older[1]["mujoco"]  # as notes did not tell it once
     notes[1].write_text(json.dumps(older[1]))
     assert dataset.write_manifest(tmp_path, "train", 2)["generator"] == 1
+    notes[1].write_text(json.dumps({**older[1], "mujoco": "0.1"}))
+    with pytest.raises(ValueError, match=r"mixes shards: .* mujoco .*, .* has 0\.1"):
+        dataset.write_manifest(tmp_path, "train", 2)
 
 
 def test_job_arrays_by_the_command_line(written, tmp_path, monkeypatch, capsys):
@@ -171,11 +226,24 @@ def test_damage_is_found(written, tmp_path):
     data = bytearray((out / record["file"]).read_bytes())
     data[1000] ^= 1
     (tmp_path / record["file"]).write_bytes(data)
-    with pytest.raises(ValueError, match="sha256"):
+    with pytest.raises(ValueError, match=r"sha256 .*: remove it, and it is redone"):
         dataset.verify(tmp_path, "train")
     (tmp_path / record["file"]).unlink()
     with pytest.raises(ValueError, match=r"train-000000\.tar is missing"):
         dataset.verify(tmp_path, "train")
+
+
+def test_half_a_shard_is_not_taken_for_a_finished_one(tmp_path):
+    settings = replace(SMALL, size=16, images_per_shard=1, images_per_world=1)
+    dataset.write_dataset(tmp_path, "train", 1, settings)
+    shard = tmp_path / "train-000000.tar"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:1000])
+    with pytest.raises(ValueError, match=r"has 1000 bytes, its note says \d+: remove it"):
+        dataset.write_dataset(tmp_path, "train", 1, settings)
+    shard.unlink()
+    dataset.write_dataset(tmp_path, "train", 1, settings)
+    assert shard.read_bytes() == whole
 
 
 def test_missing_and_broken_members_are_named():

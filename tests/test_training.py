@@ -25,6 +25,7 @@ from training import train
 from training.config import DataConfig, RunConfig
 from training.data import (
     Crop,
+    Example,
     ExampleDataset,
     Shards,
     Share,
@@ -34,6 +35,7 @@ from training.data import (
     random_crop,
 )
 from training.losses import Learner, energy_score, robust
+from training.validation import Validation
 
 CONFIG = RunConfig.from_dict(
     {
@@ -562,6 +564,33 @@ def test_a_run_goes_on_without_what_it_began_with(data: Path, run: Path, tmp_pat
         assert torch.equal(again.learner.state_dict()[key], value), key
     with pytest.raises(FileNotFoundError, match=r"no model .*start\.safetensors"):
         train.Trainer(config, data, tmp_path / "other")
+
+
+def test_validation_is_the_same_for_every_seed_and_hides_no_nan(data: Path, tmp_path: Path) -> None:
+    trainer = train.Trainer(CONFIG, data, tmp_path)
+    one, other = (
+        Validation(
+            Shards(data, "val"),
+            replace(CONFIG, optim=replace(CONFIG.optim, seed=seed)),
+            trainer.fabric,
+        )
+        for seed in (1, 2)
+    )
+    for mine, its in zip(one.batches, other.batches, strict=True):
+        for x, y in zip(mine, its, strict=True):
+            assert torch.equal(torch.nan_to_num(x), torch.nan_to_num(y))
+    assert [s.points[s.pokes].tolist() for s in one.scenes] == [
+        s.points[s.pokes].tolist() for s in other.scenes
+    ]
+
+    def broken(batch: Example) -> tuple[torch.Tensor, torch.Tensor]:
+        raw, logits = trainer._forward(trainer.learner, batch)
+        raw[0, 0, :, 0] = torch.nan
+        return raw, logits
+
+    figures = one.figures(broken)
+    assert all(np.isnan(figures[f"epe/{count}_pokes"]) for count in one.counts)
+    assert all(np.isfinite(figures[f"no_motion_epe/{count}_pokes"]) for count in one.counts)
 
 
 def test_a_gradient_that_is_not_finite_reaches_no_weight(

@@ -62,9 +62,9 @@ class Terms(NamedTuple):
 
     @classmethod
     def of(cls, values: Tensor) -> Terms:
-        """Of values ``[...]``, those that are not NaN."""
-        known = values[~values.isnan()].double()
-        return cls(known.sum(), known.new_tensor(known.numel()))
+        """Of all values ``[...]``."""
+        summed = values.double().sum()
+        return cls(summed, summed.new_tensor(values.numel()))
 
 
 def robust(nll: Tensor, config: RunConfig) -> Tensor:
@@ -106,9 +106,7 @@ def motion_loss(raw: Tensor, batch: Example, config: RunConfig) -> tuple[Terms, 
     outputs, flow = raw[known], batch.query_flow[known]
     nll = robust(negative_log_likelihood(outputs, flow, config.model), config)
     score = energy_score(outputs, flow, config.model)
-    # unlike Terms.of, a NaN of the model's must not go unnoticed
-    count = nll.new_tensor(nll.numel())
-    return Terms(nll.sum(), count), Terms(score.sum(), count)
+    return Terms.of(nll), Terms.of(score)
 
 
 def segment_loss(logits: Tensor, body: Tensor) -> Terms:

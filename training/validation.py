@@ -33,6 +33,7 @@ Forward = Callable[[Example], tuple[Tensor, Tensor]]
 """A batch to raw outputs ``[B, F, G, n, raw_dim]`` and logits of pairs ``[B, M, M]``."""
 
 EXAMPLES = 256
+SEED = 0  # of examples and scenes
 BATCH = 32
 SCENES = 6  # of the picture
 GRID = 32  # cells of each side of a scene
@@ -53,7 +54,9 @@ class Validation:
 
     def __init__(self, shards: Shards | TrackShards, config: RunConfig, fabric: Fabric) -> None:
         self.config, self.fabric = config, fabric
-        clean = replace(config, data=config.data.without_augmentation())
+        # runs that differ in their seed are compared on the same examples and scenes
+        optim = replace(config.optim, seed=SEED)
+        clean = replace(config, data=config.data.without_augmentation(), optim=optim)
         mine = range(fabric.global_rank, EXAMPLES, fabric.world_size)
         self.batches = list(load_batches(ExampleDataset(shards, clean), mine, BATCH, workers=0))
         self.counts = reported_counts(config.data.visible_pokes)
@@ -75,7 +78,7 @@ class Validation:
         )
 
     def _choose_scenes(self, shards: Shards | TrackShards) -> list[Scene]:
-        found = list(islice(scenes(shards, self._suite, self.config.optim.seed), SCENES))
+        found = list(islice(scenes(shards, self._suite, SEED), SCENES))
         if not found:
             log.warning("no pictures: none of the %d validation samples is a scene", len(shards))
         return found
@@ -106,11 +109,13 @@ class Validation:
             "epe": (mean - true)[..., :2].norm(dim=-1),  # in the image alone
             "no_motion_epe": true[..., :2].norm(dim=-1),
         }
+        known = ~true.isnan().any(-1)
         terms = {"segments": segment_loss(logits, batch.segment_body)}
         for count in self.counts:
             group = self.visible == count
             for name, value in values.items():
-                terms[f"{name}/{count}_pokes"] = Terms.of(value[:, :, group])
+                # a NaN of the model's must not go unnoticed
+                terms[f"{name}/{count}_pokes"] = Terms.of(value[:, :, group][known[:, :, group]])
         return terms
 
     def picture(self, model: FlowPokeTransformer) -> RGBImage | None:

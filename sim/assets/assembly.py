@@ -310,7 +310,8 @@ def _spinner(b: Builder, frame: Body, face: Site, index: int) -> Body:
     thick = b.uniform(0.005, 0.04)
     stretch = b.uniform(0.5, 1.0) if b.chance(0.5) else 1.0
     _slab(b, part, (radius, radius * stretch), thick, (0, 0, 0), index)
-    _load(b, part, radius, 2 * thick, index)
+    if face.quat != _UPRIGHT:  # so turntables are made, a kind held out
+        _load(b, part, radius, 2 * thick, index)
     return part
 
 

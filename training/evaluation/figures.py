@@ -103,13 +103,9 @@ def _scene_errors(rows: Rows, prefix: str) -> tuple[dict[str, FloatArray], dict[
     return errors, radii
 
 
-def _pck(rows: Rows, prefix: str, radii: dict[str, int]) -> dict[str, float]:
-    """Share of errors below one cell by method, for baselines at the radii of their errors."""
-    return {
-        name: float((share[:, radii[name]] if name in radii else share).mean())
-        for name in (*REDUCTIONS, *BASELINES)
-        for share in (rows[prefix + name],)
-    }
+def _pck(rows: Rows, prefix: str) -> dict[str, float]:
+    """Share of errors below one cell by method, for baselines at the radius that is best at it."""
+    return {name: float(rows[prefix + name].mean(0).max()) for name in (*REDUCTIONS, *BASELINES)}
 
 
 def flow_figures(rows: Rows, prefix: str, where: str, over: str) -> Figures:
@@ -126,7 +122,7 @@ def flow_figures(rows: Rows, prefix: str, where: str, over: str) -> Figures:
             figures[f"{ratio}_interval"] = bootstrap_interval(cluster, error, reference)
             # a few scenes of large motion dominate the means
             figures[f"{name}_beats_{baseline}"] = float((error < reference).mean())
-    figures["pck"] = _pck(rows, f"{prefix}pck/{where}/", radii)
+    figures["pck"] = _pck(rows, f"{prefix}pck/{where}/")
     return figures
 
 
@@ -137,10 +133,10 @@ def curve_figures(rows: Rows, counts: Iterable[int]) -> Figures:
         prefix = f"curve/{count}/"
         figures[str(count)] = {"nll": rows.mean(f"{prefix}nll")}
         for where in ("all", "moving"):
-            errors, radii = _scene_errors(rows, f"{prefix}epe/{where}/")
+            errors, _ = _scene_errors(rows, f"{prefix}epe/{where}/")
             figures[str(count)][where] = {
                 "epe": {name: float(error.mean()) for name, error in errors.items()},
-                "pck": _pck(rows, f"{prefix}pck/{where}/", radii),
+                "pck": _pck(rows, f"{prefix}pck/{where}/"),
             }
     return figures
 

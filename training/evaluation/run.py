@@ -255,11 +255,16 @@ class Evaluation:
         Raises EvaluationError where they cannot be drawn again.
         """
         shards = self.shards[split]
-        drawn_by_us = split in SPLITS and split != "foreign"
-        if predictor.config.flow_dim != 3 or not drawn_by_us or isinstance(shards, TrackShards):
+        if predictor.config.flow_dim != 3 or not self.drawn_by_us(split):
             return None
+        assert isinstance(shards, Shards)
         check_drawn_again(shards, split)
         return shards
+
+    def drawn_by_us(self, split: str) -> bool:
+        """Whether its worlds are our own: of these motion in depth is measured."""
+        ours = split in SPLITS and split != "foreign"
+        return ours and isinstance(self.shards[split], Shards)
 
     def _on_sheet(self) -> Iterator[bool]:
         """Whether the next scene is for the picture: the first, then one at random of each so many
@@ -316,16 +321,22 @@ def run(
             f"received {planar.config.flow_dim} and {predictor.config.flow_dim}"
         )
     # of what is evaluated, though a run that still trains may replace the file meanwhile
-    origin = {"model_sha256": sha256(resolve_model(model)), "commit": code_version()}
+    names = {"model": model, "single_gaussian": single_gaussian, "planar_model": planar_model}
+    origin = {
+        **{f"{what}_sha256": sha256(resolve_model(name)) for what, name in names.items() if name},
+        "commit": code_version(),
+    }
     evaluation = Evaluation(suite, data, seed, planar)
+    if planar is not None and not any(map(evaluation.drawn_by_us, suite.splits)):
+        raise EvaluationError(
+            f"a planar model is measured on our own worlds, suite {suite.name!r} has none"
+        )
     out.mkdir(parents=True, exist_ok=True)
     thresholds, splits = evaluation.figures(predictor, out)
     figures: Figures = {
         "suite": suite.name,
         "title": suite.title,
-        "model": model,
-        "single_gaussian": single_gaussian,
-        "planar_model": planar_model,
+        **names,
         "backend": predictor.backend,
         "precision": predictor.precision,
         **origin,
