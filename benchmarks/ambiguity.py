@@ -7,7 +7,8 @@ draws each picture of `fpt eval`'s "several futures" again, and further continua
 has seen these knows the distribution of what may happen in this very scene, as no picture can tell
 it: his mean is that of 64 of them, and his two motions are those two of them to the nearer of which
 they are closest on the average. On the stored futures, which he has not seen, his two are compared
-with his mean: a model that predicts without error can do no better.
+with his mean: about what a model that predicts without error would come to. It is no strict bound:
+his motions are among those 64, and each one's error is over that of his own mean.
 
 Told one poke, that of a stored future's largest motion, he answers the geometric median of those 8
 of 512 continuations that move the poked point most nearly so. With more of them he would err less,
@@ -23,10 +24,13 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
+import torch
+from report import where
 from tqdm import tqdm
 
 from fpt_model import FlowMixture, FlowPredictor
-from sim.dataset import Settings, StoredSample, replay
+from fpt_model.checkpoint import resolve_model
+from sim.dataset import GENERATOR, Settings, StoredSample, replay, sha256
 from training.data import Shards
 from training.evaluation.depth import check_drawn_again
 from training.evaluation.measure import (
@@ -37,7 +41,7 @@ from training.evaluation.measure import (
     measure_ambiguity,
 )
 from training.evaluation.report import table
-from training.evaluation.run import code_version, load_predictor
+from training.evaluation.run import load_predictor
 from training.evaluation.scenes import (
     COARSE,
     MIN_POKE,
@@ -173,11 +177,15 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     predictor = load_predictor(args.model)
     splits = [measured(args.data, split, args.scenes, predictor) for split in ("val", "held_out")]
+    about = where(torch.get_num_threads()) | {
+        "model": f"model `{args.model}` (sha256 `{sha256(resolve_model(args.model))[:16]}`)",
+        "data": f"images of generator {GENERATOR}",
+    }
     header = ["split", "scenes", "error over", "two most probable modes", "best two of its draws"]
     header += ["who knows the distribution", "who knows these futures"]
     args.out.write_text(
         "# Several futures: how far two motions, and one poke, can come\n\n"
-        f"By `benchmarks/ambiguity.py`, commit `{code_version()}`, model `{args.model}`. Error of "
+        f"By `benchmarks/ambiguity.py`, {', '.join(about.values())}. Error of "
         "the nearer of two motions over that of the mean, without pokes. The first two columns are "
         f"the model's, the next is of one who has seen {FURTHER} other continuations of the very "
         "scene, the last of one who has seen the very futures that he is asked about.\n\n"
