@@ -69,7 +69,7 @@ class Monitor:
         self.model_ms = 0.0  # all time of MODEL_STAGES so far
         self._at_work: dict[str, float] = {}  # stages, and when they began
         self._last_error = ""
-        self._failing_since_s: float | None = None  # the first failure since the last answer
+        self._failures_s: tuple[float, float] | None = None  # first and last since an answer
         self._failure = ""
 
     def count(self, what: str, n: int = 1) -> None:
@@ -77,7 +77,7 @@ class Monitor:
         with self._lock:
             self._counts[what] += n
             if what.endswith(_ANSWERS):
-                self._failing_since_s = None
+                self._failures_s = None
 
     @property
     def counts(self) -> dict[str, int]:
@@ -99,8 +99,19 @@ class Monitor:
         with self._lock:
             self._counts[f"errors: {kind}"] += 1
             self._last_error = f"{kind}: {text}"
-            if kind in _FAILURES and self._failing_since_s is None:
-                self._failing_since_s = time.monotonic()
+            if kind in _FAILURES:
+                self._failed()
+
+    def image_failed(self) -> None:
+        """Note that an image could not be read, which a request's error tells."""
+        with self._lock:
+            self._failed()
+
+    def _failed(self) -> None:
+        now = time.monotonic()
+        first, last = self._failures_s or (now, now)
+        # after a pause, in which nothing was tried, it begins anew
+        self._failures_s = (first if now - last <= self._silence_s() else now), now
 
     def error(self, kind: str, text: str) -> None:
         """Count and remember an error; log it unless the same kind was logged just now."""
@@ -161,6 +172,7 @@ class Monitor:
             errors = sum(n for what, n in new.items() if what.startswith("errors"))
             old, future = new["images dropped: too old"], new["images from the future"]
             stage, began = min(self._at_work.items(), key=lambda x: x[1], default=("", now))
+            failing_since, last_failure = self._failures_s or (now, -math.inf)
             level, message = DiagnosticStatus.WARN, ""
             if self._failure:
                 level, message = DiagnosticStatus.ERROR, self._failure
@@ -169,13 +181,9 @@ class Monitor:
                 message = f"stuck: {stage} has been at work for {now - began:.1f} s"
             elif state != "active":
                 message = state
-            elif (
-                errors
-                and self._failing_since_s is not None
-                and now - self._failing_since_s > stuck_after_s
-            ):
+            elif now - last_failure <= self._silence_s() and now - failing_since > stuck_after_s:
                 level = DiagnosticStatus.ERROR
-                message = f"no answer for {now - self._failing_since_s:.1f} s; {self._last_error}"
+                message = f"no answer for {now - failing_since:.1f} s; {self._last_error}"
             elif errors:
                 message = f"{errors} errors; {self._last_error}"
             elif old:

@@ -36,6 +36,7 @@ _CHECKS = 128  # draws behind a plausibility
 MAX_KEEP = 64  # points: all hypotheses are drawn from at each, while no other plan is made
 _ENTROPY_DRAWS = 128  # behind an entropy, many of which are averaged
 _NEARER = 0.03  # relative difference of depth by which one thing is in front of another
+_STILL_PX = 1.0  # less in the image says nothing of the direction
 _ON_THE_WAY = 8  # points of a poke's way at which something may be in front
 
 
@@ -247,7 +248,7 @@ def plan(goal: Goal, size: Size, search: Search, depth: Depth | None = None) -> 
         motions.append(_motions(goal, none[place], given[drawn, place], rng))
     at, flow = _limit(at, np.concatenate(motions), search)
     pokes = space.pokes(cells.xy[at], flow)
-    hidden = space.goes_behind(pokes, (likely @ _receding(when_pushed))[at], cells, part)
+    hidden = space.goes_behind(pokes, _receding(when_pushed[:, at], flow), cells, part)
     if hidden.all():
         raise RequestError(
             f"all of {len(pokes)} pokes would go behind the camera or something nearer"
@@ -420,8 +421,8 @@ class _Space:
         """Which pokes ``[N]`` lead their point behind the camera, or what is seen in front of it.
 
         The cells of ``part [G]`` move along. A poke whose motion in depth is unknown goes
-        ``receding [N]`` m away: on a table what comes nearer in the image does so in space, and
-        would else be taken to go below its top. Where that is NaN nothing is known to be in front.
+        ``receding [N]`` m away: what is drawn toward the camera on a table goes down in the image,
+        and would else be taken to go below the table's top. Nothing is in front of NaN.
         """
         if self._depth is None:
             return np.zeros(len(pokes), bool)
@@ -476,9 +477,20 @@ def _stack(mixtures: Sequence[FlowMixture]) -> FlowMixture:
     )
 
 
-def _receding(mixture: FlowMixture) -> Array:
-    """Expected motion in depth of predictions, m; NaN where none is predicted."""
-    return mixture.mean()[..., 2] if mixture.dims == 3 else np.full(mixture.shape, np.nan)
+def _receding(given: FlowMixture, flow: Array) -> Array:
+    """``[N]``: how far away things are expected to go that move by ``flow [N, >= 2]`` in the image.
+
+    As in that of the predictions ``given [H, N]`` which is most alike there, in proportion; m. 0 of
+    planar predictions, NaN where no depth is known.
+    """
+    if given.dims == 2:
+        return np.zeros(len(flow))
+    mean = given.mean()
+    alike = np.argmin(np.linalg.norm(mean[..., :2] - flow[:, :2], axis=-1), 0)
+    mean = mean[alike, np.arange(len(flow))]
+    length = np.linalg.norm(mean[:, :2], axis=-1)
+    share = np.linalg.norm(flow[:, :2], axis=-1) / np.maximum(length, 1e-9)
+    return mean[:, 2] * np.where(length > _STILL_PX, share, 1.0)
 
 
 def _each(pokes: Pokes) -> list[Pokes]:

@@ -98,7 +98,7 @@ class PokePlanner(Node):
         self._depths: DepthHistory | None = None  # None: the model has no use for depth
         self._of_depth: Subscription | None = None  # the same
         self._display = Display()
-        self._to_publish: PlanPoke.Request | None = None  # the latest that wants it
+        self._asked = self._sent = 0  # requests so far, and which of them was published last
         self._steady = Clock(clock_type=ClockType.STEADY_TIME)
         self._pokes = self.create_publisher(PokeArray, "pokes", 10)
         self._markers = self.create_publisher(MarkerArray, "~/markers", 10)
@@ -134,8 +134,8 @@ class PokePlanner(Node):
     async def _serve(
         self, request: PlanPoke.Request, response: PlanPoke.Response
     ) -> PlanPoke.Response:
-        if request.publish:
-            self._to_publish = request
+        self._asked += 1
+        number = self._asked
         try:
             header, size = await self._look(request)
             if not await self._comes(lambda: self._info is not None):
@@ -146,8 +146,8 @@ class PokePlanner(Node):
             response.header, response.pokes = header, ranked_pokes(chosen)
             if self._markers.get_subscription_count():
                 self._mark(chosen, header, size, depth, np.array([request.x, request.y]))
-            publish = self._to_publish is request  # what was asked for later is not undone
-            if publish:
+            if request.publish and number > self._sent:  # what was asked for later is not undone
+                self._sent = number
                 # as the goal was meant: for the image it names, or for the newest and all after it
                 self._pokes.publish(pokes_to_msg(chosen.first(1).pokes, request.header))
             response.success = True

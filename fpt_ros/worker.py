@@ -487,6 +487,7 @@ class Worker:
         try:
             view = self._history.view(held, self._encode)
         except ImageError as error:
+            self._monitor.image_failed()
             raise RequestError(f"the image cannot be read: {error}") from error
         if self._depths is not None:
             self._attach_depth(held)

@@ -358,7 +358,18 @@ def _start_worker() -> None:
         parent.join()
         os._exit(1)
 
+    def end(*_: object) -> None:
+        # an exception would end the shard alone, and the next one would begin
+        for unfinished in _UNFINISHED:
+            unfinished.unlink(missing_ok=True)
+        os._exit(1)
+
+    signal.signal(signal.SIGTERM, end)
     Thread(target=watch, daemon=True).start()
+
+
+_UNFINISHED: set[Path] = set()
+"""What this process is writing."""
 
 
 @contextmanager
@@ -370,6 +381,7 @@ def _whole_or_not(path: Path) -> Iterator[Path]:
     """
     name = f"{path.name}.{uuid.uuid4().hex}.partial"  # jobs of several machines share folders
     unfinished = path.with_name(name)
+    _UNFINISHED.add(unfinished)
     try:
         yield unfinished
         with unfinished.open("rb") as file:
@@ -377,6 +389,7 @@ def _whole_or_not(path: Path) -> Iterator[Path]:
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+        _UNFINISHED.remove(unfinished)
 
 
 def _write_text(path: Path, text: str) -> None:
@@ -506,8 +519,9 @@ def write_dataset(
         check_assets(assets)
     out.mkdir(parents=True, exist_ok=True)
     for unfinished in out.glob(f"{split}-*.partial"):  # of a process that was killed
-        if time.time() - unfinished.stat().st_mtime > _ABANDONED_S:
-            unfinished.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):  # another job was faster, or has finished it
+            if time.time() - unfinished.stat().st_mtime > _ABANDONED_S:
+                unfinished.unlink()
     shards = -(-images // settings.images_per_shard)
     jobs = [(out, split, i, settings, assets) for i in range(job[0], shards, job[1])]
     total = len(jobs) * settings.images_per_shard
@@ -515,6 +529,8 @@ def write_dataset(
         with tqdm(total=total, unit="image", desc=split, smoothing=0.05) as progress:
             for images_done in _written(jobs, workers):
                 progress.update(images_done)
+    except ValueError:  # what is there is of another making, and not to be touched
+        raise
     except BaseException:
         # what was added must be listed, or training refuses all that is there
         with suppress(OSError, ValueError):
@@ -535,7 +551,10 @@ def _written(jobs: list[_Job], workers: int) -> Iterator[int]:
         try:
             for done in as_completed([pool.submit(_write_shard, item) for item in jobs]):
                 yield done.result()
-        except BaseException:
+        except BaseException as error:
+            if not isinstance(error, Exception):  # a signal: whoever sent it does not wait long
+                for worker in multiprocessing.active_children():
+                    worker.terminate()
             pool.shutdown(cancel_futures=True)
             raise
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""What the node keeps: of arrivals until there is time, of images for requests that name them."""
+"""What the node keeps: of arrivals until there is time, of images for requests that name them, and
+of what failed."""
 
 from __future__ import annotations
 
@@ -11,7 +12,9 @@ from weakref import ref
 
 import numpy as np
 import pytest
+from diagnostic_msgs.msg import DiagnosticStatus
 from node_harness import save_small_model, wait_until
+from rclpy.logging import get_logger
 from sensor_msgs.msg import Image
 from std_msgs.msg import Header
 
@@ -22,6 +25,7 @@ from fpt_ros.first_thread import FirstThread
 from fpt_ros.history import HeldImage, ImageHistory
 from fpt_ros.images import ImageError, array_to_image, image_to_rgb
 from fpt_ros.inbox import MAX_REQUESTS, Inbox, Request
+from fpt_ros.monitor import Monitor
 from fpt_ros.pipeline import View
 
 
@@ -183,3 +187,28 @@ def test_an_image_that_cannot_be_read_is_tried_once(predictor: FlowPredictor) ->
         with pytest.raises(ImageError, match="step is 0 bytes"):
             history.view(held, encode)
     assert len(tries) == 1
+
+
+def test_only_failures_that_go_on_without_an_answer_are_an_error() -> None:
+    monitor = Monitor(get_logger("test"), lambda name, ms: None)
+
+    def level(stuck_after_s: float = 0.2) -> bytes:
+        return monitor.status("fpt", "fpt", "active", {}, stuck_after_s).level
+
+    monitor.image_received()
+    monitor.error("image", "no colour")
+    assert level() == DiagnosticStatus.WARN
+    time.sleep(0.3)
+    assert level() == DiagnosticStatus.ERROR  # also where no other came in this period
+    monitor.error("predict_flow", "lies outside")  # an asker's
+    assert level() == DiagnosticStatus.ERROR
+    monitor.count("predict_flow answered")
+    assert level() == DiagnosticStatus.OK
+    for _ in range(3):  # what a request meets
+        monitor.image_failed()
+        time.sleep(0.15)
+    assert level() == DiagnosticStatus.ERROR
+    time.sleep(2.1)  # nothing is tried any more
+    assert level() == DiagnosticStatus.WARN  # no image
+    monitor.image_failed()
+    assert level() == DiagnosticStatus.WARN

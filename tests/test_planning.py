@@ -245,11 +245,12 @@ def test_no_poke_begins_where_there_is_no_surface() -> None:
         follow(plan(space, SIZE, SEARCH, depth), drawer)
 
 
-def test_no_poke_goes_behind_what_is_in_front_of_it() -> None:
+@pytest.mark.parametrize("world", [drawer, receding_drawer], ids=["planar", "in space"])
+def test_no_poke_goes_behind_what_is_in_front_of_it(world: World) -> None:
     metres = room()
     metres[:, 90:95] = 1.0  # a pole before the wall, beside the part
     goal = Goal(np.array([60.0, 50.0]), np.array([25.0, 0.0]), 6.0)
-    found = follow(plan(goal, SIZE, SEARCH, Depth(metres, CAMERA)), receding_drawer)
+    found = follow(plan(goal, SIZE, SEARCH, Depth(metres, CAMERA)), world)
     right = found.pokes.flow[:, 0] > 12
     ends = found.pokes.xy + found.pokes.flow
     assert right.sum() > 20
@@ -261,7 +262,7 @@ def test_no_poke_goes_behind_what_is_in_front_of_it() -> None:
     with pytest.raises(
         RequestError, match=r"all of \d+ pokes would go behind the camera or something nearer"
     ):
-        follow(plan(goal, SIZE, only, Depth(metres, CAMERA)), receding_drawer)
+        follow(plan(goal, SIZE, only, Depth(metres, CAMERA)), world)
 
 
 def test_what_slides_toward_the_camera_on_a_table_does_not_go_below_its_top() -> None:
@@ -283,6 +284,10 @@ def test_what_slides_toward_the_camera_on_a_table_does_not_go_below_its_top() ->
     found, alone = (follow(plan(goal, SIZE, SEARCH, d), cup) for d in (depth, None))
     near_its_edge = on_part(found.pokes.xy) & (found.pokes.xy[:, 1] > 60)
     assert found.score[near_its_edge].max() == pytest.approx(alone.score[0], rel=0.05)
+    opening = Goal(goal.point, None, 3.0)
+    found, alone = (follow(plan(opening, SIZE, SEARCH, d), cup) for d in (depth, None))
+    down = [np.sum(p.pokes.flow[:, 1] > 6) for p in (found, alone)]
+    assert down[0] > 0.9 * down[1] > 10
     away = Goal(goal.point, np.array([0.0, -20.0]), 4.0)
     with pytest.raises(RequestError, match=r"none of \d+ pokes is expected to reach the goal"):
         follow(plan(away, SIZE, SEARCH), lambda pokes, queries: cup(Pokes(), queries))

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from sim.builder import COLLISION_ONLY_GROUP
 from sim.dataset import Settings, write_dataset
 from sim.foreign import PACKAGES, ForeignSimulator, check_assets, load_world
 from sim.kinds import FOREIGN_OBJECTS, HELD_OUT_KINDS, TRAIN_KINDS
@@ -20,6 +21,7 @@ ROOM = """
     <texture name="grain" type="2d" builtin="checker" rgb1=".6 .4 .2" rgb2=".5 .3 .1"
              width="64" height="64"/>
     <material name="wood" texture="grain"/>
+    <material name="glass" rgba=".9 .9 1 .1"/>
   </asset>
   <worldbody>
     <light pos="0 0 2"/>
@@ -41,6 +43,8 @@ OBJECT = """
         <joint name="{joint}" type="slide" axis="0 1 0" range="-.3 0" limited="true"/>
         <geom type="box" size=".18 .18 .15" rgba=".8 .8 .2 1"/>
         <geom type="box" size=".9 .9 .9" group="4" rgba="0 0 1 1"/>
+        <geom type="box" size=".18 .01 .3" pos="0 -.2 .45" material="glass"/>
+        <geom type="box" size=".02 .02 .02" pos="0 0 .1" material="glass" rgba=".8 .8 .2 1"/>
       </body>
     </body>
 """
@@ -77,6 +81,17 @@ def test_only_the_object_and_its_room_are_seen(world: ForeignSimulator) -> None:
         assert not ((green > 100) & (red < 30) & (blue < 30)).any(), "no goal"
         assert not ((blue > 100) & (red < 10) & (green < 10)).any(), "no collision shape"
         assert ((red > 60) & (blue < 0.6 * red) & (green > 0.8 * red)).any(), "the yellow box"
+
+
+def test_a_pane_shows_what_is_behind_it_in_all_that_is_drawn(world: ForeignSimulator) -> None:
+    model = world.model
+    glass = model.material("glass").id
+    default = (model.geom_rgba == 0.5).sum(1) == 3
+    panes = (model.geom_matid == glass) & default
+    painted = (model.geom_matid == glass) & ~default
+    assert panes.sum() == painted.sum() > 0
+    assert (model.geom_group[panes] == COLLISION_ONLY_GROUP).all()
+    assert (model.geom_group[painted] == 0).all()
 
 
 def test_the_camera_frames_the_object(world: ForeignSimulator) -> None:
