@@ -136,7 +136,8 @@ def test_graphs_are_as_the_manifest_says(tiny: Exported) -> None:
     assert decoder.inputs["visible"] == ("int64", ["queries"])
     assert decoder.outputs == {"raw": ("float", ["batch", "queries", 24])}
     assert list(decoder.inputs)[5:] == list(encoder.outputs)
-    assert encoder.outputs["key_3"] == ("float", [1, 3, 256, 64])
+    cells = (load_model("fpt-tiny").config.image_size // 8) ** 2
+    assert encoder.outputs["key_3"] == ("float", [1, 3, cells, 64])
 
 
 def test_a_folder_of_other_things_is_refused(tmp_path: Path) -> None:

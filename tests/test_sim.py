@@ -204,7 +204,7 @@ def strewn(kinds: tuple[str, ...], count: int) -> list[Simulator]:
 def test_what_lies_on_a_part_rides_and_what_stands_before_it_is_pushed() -> None:
     """A joint that moves takes free bodies along by the physics; others stay exactly there."""
     moved = rode = stayed = 0
-    for world in strewn(("drawer", "door", "assembly"), 12):
+    for world in strewn(("drawer", "door", "assembly"), 18):
         rng, model = np.random.default_rng(0), world.model
         free = [body.part.body.id for body in world._world.free_bodies]
         jointed = model.jnt_type != mujoco.mjtJoint.mjJNT_FREE
