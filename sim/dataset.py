@@ -399,7 +399,7 @@ def _write_text(path: Path, text: str) -> None:
 
 
 def _recipe(settings: Settings) -> dict[str, Any]:
-    """What makes two shards of the same index equal; older ones do not tell MuJoCo's version."""
+    """What makes two shards of the same index equal."""
     return {
         "generator": GENERATOR,
         "settings": asdict(settings),
@@ -425,7 +425,7 @@ def _finished(path: Path, note: Path, settings: Settings) -> bool:
         return False
     wanted = _recipe(settings)
     record = _read_note(note)
-    found = {key: record.get(key, wanted["mujoco"] if key == "mujoco" else None) for key in wanted}
+    found = {key: record.get(key) for key in wanted}
     if found != wanted:
         raise ValueError(f"{path} was made with {found}, not {wanted}: choose another --out")
     size = path.stat().st_size
@@ -456,11 +456,12 @@ def _write_manifest(out: Path, split: str, shards: int) -> dict[str, Any]:
     beside = (tar.with_suffix(".json") for tar in shard_files(out, split))
     notes = [note for note in beside if note.exists()]
     records = [_read_note(note) for note in notes]
-    known = {key: value for record in reversed(records) for key, value in record.items()}
-    recipe = {key: known.get(key) for key in ("generator", "settings", "mujoco")}
+    first = records[0] if records else {}
+    # up to generator 12 they do not tell MuJoCo's version
+    recipe = {key: first.get(key) for key in ("generator", "settings", "mujoco")}
     for note, record in zip(notes, records, strict=True):
         for key, value in recipe.items():
-            if record.get(key, value if key == "mujoco" else None) != value:
+            if record.get(key) != value:
                 raise ValueError(
                     f"{out} mixes shards: {notes[0].name} has {key} {value}, {note.name} has "
                     f"{record.get(key)}"

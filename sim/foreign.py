@@ -98,8 +98,7 @@ def load_world(thing: ForeignObject, assets: Path) -> World:
     robots = {tree[i] for i in range(model.nbody) if model.body(i).name in _ROBOTS}
     hidden = np.isin(tree[model.geom_bodyid], list(robots))
     # What a picture shows behind a pane does not move with it, but all else than colours is drawn
-    # as if the pane were opaque.
-    # of a geom with a colour of its own MuJoCo does not use the material's
+    # as if the pane were opaque. Of a geom with a colour of its own MuJoCo ignores the material's.
     painted = (model.geom_matid >= 0) & (model.geom_rgba == _NO_COLOUR).all(1)
     alpha = model.geom_rgba[:, 3].copy()
     alpha[painted] = model.mat_rgba[model.geom_matid[painted], 3]

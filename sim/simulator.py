@@ -361,11 +361,10 @@ class Simulator:
                 data.qpos[here] = (*xy, max(levels) + pose.height, *pose.quat)
                 yaw = np.array([0, 0, rng.uniform(-np.pi, np.pi)])
                 self._turn(data.qpos[here][3:], yaw)
-                mujoco.mj_kinematics(model, data)
                 if self._overlap(body) < _EVEN * body.radius:
+                    mujoco.mj_kinematics(model, data)  # others may come to lie on it
                     break
                 data.qpos[here] = away
-                mujoco.mj_kinematics(model, data)
 
     def _touching(self, qpos: NDArray[np.float64] | None) -> mujoco.MjData:
         """The contacts in the present state, or in `qpos`."""
@@ -700,10 +699,11 @@ class Simulator:
         Not into others, nor into what is fixed; where no draw is so it stays.
         """
         body = next(body for body in self._world.free_bodies if body.part is self._world.parts[i])
+        deepest = max(_EVEN * body.radius, self._overlap(body))
         for _ in range(_DRAWS):
             moved = qpos.copy()
             self._draw_carrying(rng, i, moved)
-            if self._overlap(body, moved) <= max(_EVEN * body.radius, self._overlap(body)):
+            if self._overlap(body, moved) <= deepest:
                 qpos[:] = moved
                 return
 

@@ -175,7 +175,10 @@ def test_the_manifest_tells_the_shards_generator_and_refuses_mixtures(tmp_path):
     notes[0].write_text(json.dumps(older[0]))
     with pytest.raises(ValueError, match=r"mixes shards: .* generator 1, .* has"):
         dataset.write_manifest(tmp_path, "train", 2)
-    del older[1]["mujoco"]  # as notes did not tell it once
+    for note, record in zip(notes, older, strict=True):
+        del record["mujoco"]  # as they were then
+        note.write_text(json.dumps(record))
+    assert dataset.write_manifest(tmp_path, "train", 2)["mujoco"] is None
     notes[1].write_text(json.dumps(older[1]))
     assert dataset.write_manifest(tmp_path, "train", 2)["generator"] == 1
     notes[1].write_text(json.dumps({**older[1], "mujoco": "0.1"}))
