@@ -338,7 +338,8 @@ def _write_shard(job: _Job) -> int:
                 "sha256": sha256(unfinished),
                 **_recipe(settings),
             }
-        _write_text(note, json.dumps(record))
+            # before the shard is in its place: none is there that no manifest can list
+            _write_text(note, json.dumps(record))
     return settings.images_per_shard
 
 
