@@ -18,7 +18,7 @@ import mujoco
 import numpy as np
 
 from sim import rendering
-from sim.builder import COLLISION_ONLY_GROUP, Extent, Part
+from sim.builder import COLLISION_ONLY_GROUP, NO_COLOUR, PANE_GROUP, Extent, Part
 from sim.kinds import FOREIGN_OBJECTS, ForeignObject
 from sim.simulator import Simulator
 from sim.world import World, add_view
@@ -29,7 +29,6 @@ PACKAGES = {"metaworld": "3.1.1", "gymnasium_robotics": "1.4.2"}
 INSTALL = "pip install --no-deps --target DIR metaworld==3.1.1 gymnasium-robotics==1.4.2"
 
 _ROBOTS = {"base", "mocap", "panda0_link0"}  # bodies: the whole tree that one is in is hidden
-_NO_COLOUR = np.array([0.5, 0.5, 0.5, 1], np.float32)  # MuJoCo's default of geoms
 _OPAQUE = 0.5  # alpha from which a geom hides more of what is behind it than it shows
 _VISIBLE_GROUPS = 3  # MuJoCo's viewers draw the geom groups below this one
 _MOVABLE = (mujoco.mjtJoint.mjJNT_HINGE, mujoco.mjtJoint.mjJNT_SLIDE)
@@ -97,12 +96,11 @@ def load_world(thing: ForeignObject, assets: Path) -> World:
     tree = model.body_rootid  # [nbody] the child of the world that each body is in
     robots = {tree[i] for i in range(model.nbody) if model.body(i).name in _ROBOTS}
     hidden = np.isin(tree[model.geom_bodyid], list(robots))
-    # What a picture shows behind a pane does not move with it, but all else than colours is drawn
-    # as if the pane were opaque. Of a geom with a colour of its own MuJoCo ignores the material's.
-    painted = (model.geom_matid >= 0) & (model.geom_rgba == _NO_COLOUR).all(1)
+    model.geom_group[hidden | (model.geom_group == PANE_GROUP)] = COLLISION_ONLY_GROUP
+    painted = (model.geom_matid >= 0) & (model.geom_rgba == NO_COLOUR).all(1)
     alpha = model.geom_rgba[:, 3].copy()
     alpha[painted] = model.mat_rgba[model.geom_matid[painted], 3]
-    model.geom_group[hidden | (alpha < _OPAQUE)] = COLLISION_ONLY_GROUP
+    model.geom_group[(model.geom_group < _VISIBLE_GROUPS) & (alpha < _OPAQUE)] = PANE_GROUP
 
     data = mujoco.MjData(model)
     mujoco.mj_kinematics(model, data)

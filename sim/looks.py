@@ -4,8 +4,12 @@
 import mujoco
 import numpy as np
 
+from sim.builder import NO_COLOUR, PANE_GROUP
 from sim.textures import random_colour
 from sim.world import BACKDROP, CUBE_TEXTURES, LIGHTS, PLAIN_MATERIALS, PLANE_TEXTURES, World
+
+_CLEAR = 0.8
+"""Share of the assets with panes whose panes are seen through; the others' are opaque."""
 
 
 def randomize_materials(world: World, rng: np.random.Generator) -> None:
@@ -42,6 +46,18 @@ def randomize_materials(world: World, rng: np.random.Generator) -> None:
             pool = plains if rng.random() < plain_share else planes if flat else cubes
             chosen[key] = int(rng.choice(pool))
         model.geom_matid[geom] = chosen[key]
+
+    panes = [(geom, asset) for geom, (asset, look, _) in world.looks if look == "glass"]
+    glass: dict[int, tuple] = {}  # group and colour in an asset
+    for geom, asset in panes:
+        if asset not in glass:
+            clear = rng.random() < _CLEAR
+            tint = (*(1 - 0.5 * rng.random(3)), rng.uniform(0.05, 0.35))
+            glass[asset] = (PANE_GROUP, tint) if clear else (0, NO_COLOUR)
+        # Both are set either way: in the world's last picture the pane may have been another.
+        model.geom_group[geom], model.geom_rgba[geom] = glass[asset]
+        if model.geom_group[geom] == PANE_GROUP:
+            model.geom_matid[geom] = -1
 
 
 def randomize_lights(world: World, data: mujoco.MjData, rng: np.random.Generator) -> bool:

@@ -9,7 +9,7 @@ import mujoco
 import numpy as np
 from numpy.typing import NDArray
 
-from sim.builder import COLLISION_ONLY_GROUP, MESH_SLOTS
+from sim.builder import COLLISION_ONLY_GROUP, MESH_SLOTS, PANE_GROUP
 from sim.opengl import make_contexts
 from sim.world import FAR, NEAR, PLANE_SIZE, PLANE_SLOTS, SKY_TEXTURE, add_slots
 
@@ -47,6 +47,13 @@ class Studio:
         self._option = mujoco.MjvOption()
         self._option.geomgroup[COLLISION_ONLY_GROUP] = 0
         self._option.sitegroup[:] = 0  # marks, no surfaces
+        # A point behind a pane moves as what is there, so surfaces are those of all but the panes.
+        self._surfaces = mujoco.MjvScene(model, maxgeom=_MAX_GEOMS)
+        self._surfaces.flags[mujoco.mjtRndFlag.mjRND_SEGMENT] = True
+        self._surfaces.flags[mujoco.mjtRndFlag.mjRND_IDCOLOR] = True
+        self._surfaces.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = False
+        for scene in (self._scene, self._surfaces):
+            scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = False
         self._camera = mujoco.MjvCamera()
         self._camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
         self._camera.fixedcamid = 0
@@ -73,9 +80,10 @@ class Studio:
             mujoco.mjr_uploadTexture(model, self._context, i)
         self._textures |= needed
         category = mujoco.mjtCatBit.mjCAT_ALL.value
-        mujoco.mjv_updateScene(model, data, self._option, None, self._camera, category, self._scene)
+        for scene, panes in ((self._scene, 1), (self._surfaces, 0)):
+            self._option.geomgroup[PANE_GROUP] = panes
+            mujoco.mjv_updateScene(model, data, self._option, None, self._camera, category, scene)
         self._scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = shadows
-        self._scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = False
 
     def rgb(self, size: tuple[int, int]) -> NDArray[np.uint8]:
         """[H, W, 3] picture of the loaded state, averaged from twice the size."""
@@ -88,24 +96,21 @@ class Studio:
         return np.ascontiguousarray(reduced[::-1])
 
     def layers(self, size: tuple[int, int]) -> Layers:
-        """Depth and geom ids of the loaded state, of the surface at each pixel's centre."""
+        """Depth and geom ids of the loaded state, of the surface at each pixel's centre.
+
+        Panes are none: of what is seen through one, what is behind it.
+        """
         height, width = size
         colour = np.empty((height, width, 3), np.uint8)
         buffer = np.empty((height, width), np.float32)
         rect = mujoco.MjrRect(0, 0, width, height)
-        for flag in (mujoco.mjtRndFlag.mjRND_SEGMENT, mujoco.mjtRndFlag.mjRND_IDCOLOR):
-            self._scene.flags[flag] = True
-        try:
-            mujoco.mjr_render(rect, self._scene, self._context)
-        finally:
-            for flag in (mujoco.mjtRndFlag.mjRND_SEGMENT, mujoco.mjtRndFlag.mjRND_IDCOLOR):
-                self._scene.flags[flag] = False
+        mujoco.mjr_render(rect, self._surfaces, self._context)
         mujoco.mjr_readPixels(colour, buffer, rect, self._context)
         # Colour 0 is no surface; _MAX_GEOMS is below 2^16, so blue is never used.
         segment = colour[::-1, :, 0] + (colour[::-1, :, 1].astype(np.int32) << 8)
-        table = np.full(self._scene.ngeom + 1, -1, np.int32)
-        for i in range(self._scene.ngeom):
-            geom = self._scene.geoms[i]
+        table = np.full(self._surfaces.ngeom + 1, -1, np.int32)
+        for i in range(self._surfaces.ngeom):
+            geom = self._surfaces.geoms[i]
             if geom.segid >= 0 and geom.objtype == mujoco.mjtObj.mjOBJ_GEOM:
                 table[geom.segid + 1] = geom.objid
         geoms = table[segment]

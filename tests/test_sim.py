@@ -15,7 +15,8 @@ import pytest
 from fpt_ros import environment
 from sim import HELD_OUT_KINDS, TRAIN_KINDS, Simulator, opengl, sheet
 from sim.assets import BUILDERS
-from sim.builder import Builder
+from sim.assets.assembly import assembly
+from sim.builder import COLLISION_ONLY_GROUP, PANE_GROUP, Builder, lowest_reach
 from sim.flow import MIN_DEPTH, dense_flow, moving_bodies, point_flow
 from sim.kinds import split_kinds
 from sim.simulator import HORIZON_S, STILL, UnstableError
@@ -266,6 +267,41 @@ def test_strewn_bodies_rest_on_parts_and_before_them() -> None:
     assert near > 0.8 * count
     assert np.mean(still) > 0.9
     assert on_part > 0.15 * count
+
+
+def test_what_is_seen_through_a_pane_is_what_is_behind_it() -> None:
+    """The picture has the pane's tint; depth and ids are those of the world without it."""
+    clear = nearer = 0
+    for seed in range(20):
+        world = Simulator("slider", seed, (96, 96))
+        panes = np.flatnonzero(world.model.geom_group == PANE_GROUP)
+        frames = []
+        for group, alpha in ((PANE_GROUP, 0.2), (COLLISION_ONLY_GROUP, 0.2), (0, 1.0)):
+            world.model.geom_group[panes] = group
+            world.model.geom_rgba[panes, 3] = alpha
+            world._frame = None  # what is kept of the state as it was
+            frames.append(world.render())
+        tinted, without, opaque = frames
+        assert (tinted.bodies == without.bodies).all()
+        assert (tinted.depth == without.depth).all()
+        if len(panes):
+            clear += (tinted.rgb != without.rgb).any()
+            nearer += ((opaque.depth > 0) & (opaque.depth < tinted.depth)).any()
+    assert clear >= 3
+    assert nearer >= 3
+
+
+def test_assemblies_stand_high_enough_for_all_their_parts() -> None:
+    stands = 0
+    for seed in range(40):
+        spec = mujoco.MjSpec()
+        spec.compiler.degree = False
+        b = Builder(spec, np.random.default_rng(seed))
+        extent = assembly(b, b.root())
+        assert lowest_reach(b) > -0.004
+        stands += any(look == "feet" for _, (_, look, _) in b.looks)
+        assert extent.z > 0
+    assert stands > 5
 
 
 @pytest.mark.parametrize(

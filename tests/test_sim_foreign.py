@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sim.builder import COLLISION_ONLY_GROUP
+from sim.builder import PANE_GROUP
 from sim.dataset import Settings, write_dataset
 from sim.foreign import PACKAGES, ForeignSimulator, check_assets, load_world
 from sim.kinds import FOREIGN_OBJECTS, HELD_OUT_KINDS, TRAIN_KINDS
@@ -90,7 +90,7 @@ def test_a_pane_shows_what_is_behind_it_in_all_that_is_drawn(world: ForeignSimul
     panes = (model.geom_matid == glass) & default
     painted = (model.geom_matid == glass) & ~default
     assert panes.sum() == painted.sum() > 0
-    assert (model.geom_group[panes] == COLLISION_ONLY_GROUP).all()
+    assert (model.geom_group[panes] == PANE_GROUP).all()
     assert (model.geom_group[painted] == 0).all()
 
 

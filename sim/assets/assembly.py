@@ -13,7 +13,7 @@ import numpy as np
 
 from sim.assets.mechanisms import add_dial
 from sim.assets.pieces import add_feet, add_prop, vessel_profile
-from sim.builder import Builder, Extent, multiply, turn
+from sim.builder import Builder, Extent, lowest_reach, multiply, turn
 
 Body = mujoco.MjsBody
 
@@ -426,8 +426,55 @@ _MOUNTS: tuple[Callable[[Builder, Body, Site, int], Body], ...] = (
 )
 
 
+_HIGHEST_STAND = 0.4
+_GAP = 0.003  # reaching down by less is lying on the ground
+
+
 def assembly(b: Builder, root: Body) -> Extent:
-    """One to four parts on a random base, at times one that carries another."""
+    """One to four parts on a random base, at times one that carries another.
+
+    It stands as high as its parts need to move freely, on a plinth or legs.
+    """
+    while True:
+        state = b.rng.bit_generator.state
+        trial = Builder(mujoco.MjSpec(), b.rng, b.scale)
+        trial.spec.compiler.degree = False
+        _mounted(trial, trial.root())
+        stand = -lowest_reach(trial) / b.scale
+        if stand < _HIGHEST_STAND:
+            break
+    b.rng.bit_generator.state = state  # for the same once more
+    stand = stand if stand > _GAP else 0.0
+    body, extent, yaw = _mounted(b, b.fixed(root, (0, 0, stand)))
+    if stand:
+        _stand(b, body, extent, stand)
+    along, across = abs(np.cos(yaw)), abs(np.sin(yaw))
+    half_x = along * extent.x + across * extent.y
+    half_y = across * extent.x + along * extent.y
+    return Extent(1.1 * half_x, 1.1 * half_y, extent.z + stand + 0.1)
+
+
+def _stand(b: Builder, body: Body, extent: Extent, height: float) -> None:
+    """A plinth, a round one or legs below `body`, which has this extent."""
+    x, y, half = 0.8 * extent.x, 0.8 * extent.y, height / 2
+    style = b.integer(0, 2)
+    if style == 0:
+        b.box(body, (x, y, half), (0, 0, -half), "feet")
+    elif style == 1:
+        b.cylinder(body, min(x, y), half, (0, 0, -half), "z", "feet")
+    else:
+        thick = min(b.uniform(0.01, 0.03), 0.5 * min(x, y))
+        for i in (-1, 1):
+            for j in (-1, 1):
+                at = (i * (x - thick), j * (y - thick), -half)
+                b.box(body, (thick, thick, half), at, "feet")
+
+
+def _mounted(b: Builder, root: Body) -> tuple[Body, Extent, float]:
+    """The base with its parts on z = 0, below which parts may reach.
+
+    Returns the body of the base, its extent, and how far it is turned about z (radians).
+    """
     # Seen from the front, somewhat aside, or from any side: a cover may open away from the camera.
     yaw = b.uniform(-1, 1) * b.pick(0.0, 0.7, np.pi, np.pi)
     body = b.fixed(root, quat=turn("z", yaw))
@@ -455,7 +502,4 @@ def assembly(b: Builder, root: Body) -> Extent:
             size = max(0.35 * min(half), _SMALLEST)
             at = b.fixed(part, (0, 0, b.uniform(0.02, 0.1)))
             b.pick(*_MOUNTS)(b, at, replace(site, half=(size, size)), index + 4)
-    along, across = abs(np.cos(yaw)), abs(np.sin(yaw))
-    half_x = along * extent.x + across * extent.y
-    half_y = across * extent.x + along * extent.y
-    return Extent(1.1 * half_x, 1.1 * half_y, extent.z + 0.1)
+    return body, extent, yaw

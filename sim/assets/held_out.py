@@ -22,7 +22,7 @@ def lid(b: Builder, root: Body) -> Extent:
             b.box(root, (x * 0.25, y * 0.22, 0.003), (0, -y * 0.6, 2 * thick), "trim")
         screen = b.hinge(root, (0, y, 2 * thick), (1, 0, 0), (-2.3, 0), home=-1.8, rest=0.3)
         b.box(screen, (x, y, thick * 0.5), (0, -y, thick * 0.5), "front")
-        b.box(screen, (x * 0.92, y * 0.88, 0.003), (0, -y, 0), "glass")
+        b.box(screen, (x * 0.92, y * 0.88, 0.003), (0, -y, 0), "screen")
         return Extent(x, y, 1.6 * y)
     if style == "bin":
         r, h = b.uniform(0.18, 0.32), b.uniform(0.4, 0.8)
