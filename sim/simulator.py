@@ -2,6 +2,7 @@
 """`Simulator`: one random world, its pictures, its possible futures and their true flow."""
 
 from dataclasses import dataclass
+from itertools import product
 
 import mujoco
 import numpy as np
@@ -881,20 +882,22 @@ class Simulator:
         following = self.after(future)
         height, width = frame.depth.shape
         v, u = np.mgrid[0:height, 0:width]
-        u_after = np.rint(u + moved.flow[..., 0] * width).astype(int)
-        v_after = np.rint(v + moved.flow[..., 1] * height).astype(int)
-        inside = (u_after >= 0) & (u_after < width) & (v_after >= 0) & (v_after < height)
-        at = (np.clip(v_after, 0, height - 1), np.clip(u_after, 0, width - 1))
-        seen = following.depth[at]
-        hidden = (seen > 0) & (seen < moved.depth * (1 - _OCCLUSION_TOLERANCE))
-        hidden |= (following.bodies[at] != frame.bodies) & (moved.depth > 0)
-        hidden |= (seen > 0) & (moved.depth == 0)
-        hidden |= turned_away(
-            u + moved.flow[..., 0] * width,
-            v + moved.flow[..., 1] * height,
-            frame.depth,
-            frame.bodies,
-        )
+        u_after, v_after = u + moved.flow[..., 0] * width, v + moved.flow[..., 1] * height
+        inside = (np.rint(u_after) >= 0) & (np.rint(u_after) < width)
+        inside &= (np.rint(v_after) >= 0) & (np.rint(v_after) < height)
+        # A point lands between the centres of four pixels; at an outline one of them shows it.
+        hidden = np.ones_like(inside)
+        for nearest_u, nearest_v in product((np.floor, np.ceil), repeat=2):
+            at = (
+                np.clip(nearest_v(v_after), 0, height - 1).astype(int),
+                np.clip(nearest_u(u_after), 0, width - 1).astype(int),
+            )
+            seen = following.depth[at]
+            other = (seen > 0) & (seen < moved.depth * (1 - _OCCLUSION_TOLERANCE))
+            other |= (following.bodies[at] != frame.bodies) & (moved.depth > 0)
+            other |= (seen > 0) & (moved.depth == 0)
+            hidden &= other
+        hidden |= turned_away(u_after, v_after, frame.depth, frame.bodies)
         return Truth(
             flow=moved.flow,
             scene_flow=moved.scene_flow,
