@@ -21,6 +21,15 @@ COLLISION_ONLY_GROUP = 3
 PANE_GROUP = 4
 """Geom group of what is seen through: drawn in pictures, neither in depth nor in ids."""
 
+
+def pane_alpha(hidden: float) -> float:
+    """The alpha of a pane that hides this share of what is behind it.
+
+    MuJoCo draws each geom that is not opaque twice, so that an alpha hides 1 - (1 - alpha)^2.
+    """
+    return 1 - float(np.sqrt(1 - hidden))
+
+
 NO_COLOUR = np.array([0.5, 0.5, 0.5, 1], np.float32)
 """MuJoCo's default of geoms: of one with another colour it ignores the material's."""
 
@@ -311,39 +320,3 @@ class Builder:
         shape = self.cylinder(body, radius, half, centre, axis, look, index)
         shape.group = COLLISION_ONLY_GROUP
         return visual
-
-
-def lowest_reach(b: Builder) -> float:
-    """Height of the lowest point that articulated parts get to (m); compiles the builder's spec.
-
-    In 64 states of the joints, the ends of each among them. Turned surfaces are as their cylinders.
-    """
-    model = b.spec.compile()
-    data = mujoco.MjData(model)
-    shapes = mujoco.mjtGeom
-    moves = model.body_weldid[model.geom_bodyid] != 0
-    geoms = np.flatnonzero(moves & (model.geom_type != shapes.mjGEOM_MESH))
-    kind = model.geom_type[geoms]
-    half = model.geom_aabb[geoms, 3:]
-    low, high = model.jnt_range.T
-    states = np.random.default_rng(0).uniform(low, high, (64, model.njnt))
-    ends = np.zeros((2 * model.njnt, model.njnt))
-    ends[::2][np.diag_indices(model.njnt)] = low
-    ends[1::2][np.diag_indices(model.njnt)] = high
-    states[: len(ends)] = ends[: len(states)]
-    lowest = np.inf
-    for state in states:
-        data.qpos[:] = state
-        mujoco.mj_kinematics(model, data)
-        along = np.abs(data.geom_xmat[geoms, 6:]) * half  # [G, 3] of the half sizes, upwards
-        across = np.hypot(along[:, 0], along[:, 1])
-        down = np.select(
-            [kind == shapes.mjGEOM_BOX, kind == shapes.mjGEOM_ELLIPSOID],
-            [along.sum(1), np.hypot(across, along[:, 2])],
-            across + along[:, 2],
-        )
-        round_end = kind == shapes.mjGEOM_CAPSULE
-        upright = np.abs(data.geom_xmat[geoms, 8])
-        down[round_end] = (half[:, 0] + upright * (half[:, 2] - half[:, 0]))[round_end]
-        lowest = min(lowest, float((data.geom_xpos[geoms, 2] - down).min()))
-    return lowest

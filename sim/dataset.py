@@ -66,7 +66,7 @@ _ABANDONED_S = 86400.0
 FORMAT = 2
 """Version of the shards' layout, in each manifest."""
 
-GENERATOR = 14
+GENERATOR = 15
 """Raised when worlds or futures of the same seed change: shards of two versions do not mix."""
 
 

@@ -18,7 +18,7 @@ import mujoco
 import numpy as np
 
 from sim import rendering
-from sim.builder import COLLISION_ONLY_GROUP, NO_COLOUR, PANE_GROUP, Extent, Part
+from sim.builder import COLLISION_ONLY_GROUP, NO_COLOUR, PANE_GROUP, Extent, Part, pane_alpha
 from sim.kinds import FOREIGN_OBJECTS, ForeignObject
 from sim.simulator import Simulator
 from sim.world import World, add_view
@@ -29,7 +29,7 @@ PACKAGES = {"metaworld": "3.1.1", "gymnasium_robotics": "1.4.2"}
 INSTALL = "pip install --no-deps --target DIR metaworld==3.1.1 gymnasium-robotics==1.4.2"
 
 _ROBOTS = {"base", "mocap", "panda0_link0"}  # bodies: the whole tree that one is in is hidden
-_OPAQUE = 0.5  # alpha from which a geom hides more of what is behind it than it shows
+_OPAQUE = pane_alpha(0.5)  # from here a geom hides more of what is behind it than it shows
 _VISIBLE_GROUPS = 3  # MuJoCo's viewers draw the geom groups below this one
 _MOVABLE = (mujoco.mjtJoint.mjJNT_HINGE, mujoco.mjtJoint.mjJNT_SLIDE)
 

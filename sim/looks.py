@@ -4,7 +4,7 @@
 import mujoco
 import numpy as np
 
-from sim.builder import NO_COLOUR, PANE_GROUP
+from sim.builder import NO_COLOUR, PANE_GROUP, pane_alpha
 from sim.textures import random_colour
 from sim.world import BACKDROP, CUBE_TEXTURES, LIGHTS, PLAIN_MATERIALS, PLANE_TEXTURES, World
 
@@ -52,7 +52,7 @@ def randomize_materials(world: World, rng: np.random.Generator) -> None:
     for geom, asset in panes:
         if asset not in glass:
             clear = rng.random() < _CLEAR
-            tint = (*(1 - 0.5 * rng.random(3)), rng.uniform(0.05, 0.35))
+            tint = (*(1 - 0.5 * rng.random(3)), pane_alpha(rng.uniform(0.05, 0.5)))
             glass[asset] = (PANE_GROUP, tint) if clear else (0, NO_COLOUR)
         # Both are set either way: in the world's last picture the pane may have been another.
         model.geom_group[geom], model.geom_rgba[geom] = glass[asset]
@@ -65,7 +65,8 @@ def randomize_lights(world: World, data: mujoco.MjData, rng: np.random.Generator
     model = world.model
     count = int(rng.integers(1, LIGHTS + 1))
     strength = rng.dirichlet(np.ones(count)) * rng.uniform(0.5, 1.1)
-    shadows = bool(rng.random() < 0.12)
+    # MuJoCo's shadow of a pane is as dark as a wall's.
+    shadows = bool(rng.random() < 0.12) and not (model.geom_group == PANE_GROUP).any()
     for i in range(LIGHTS):
         active = i < count
         model.light_active[i] = active

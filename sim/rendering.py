@@ -44,6 +44,7 @@ class Studio:
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN.value, self._context)
         self._context.readDepthMap = mujoco.mjtDepthMap.mjDEPTH_ZEROFAR
         self._scene = mujoco.MjvScene(model, maxgeom=_MAX_GEOMS)
+        self._scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = False
         self._option = mujoco.MjvOption()
         self._option.geomgroup[COLLISION_ONLY_GROUP] = 0
         self._option.sitegroup[:] = 0  # marks, no surfaces
@@ -51,9 +52,6 @@ class Studio:
         self._surfaces = mujoco.MjvScene(model, maxgeom=_MAX_GEOMS)
         self._surfaces.flags[mujoco.mjtRndFlag.mjRND_SEGMENT] = True
         self._surfaces.flags[mujoco.mjtRndFlag.mjRND_IDCOLOR] = True
-        self._surfaces.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = False
-        for scene in (self._scene, self._surfaces):
-            scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = False
         self._camera = mujoco.MjvCamera()
         self._camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
         self._camera.fixedcamid = 0

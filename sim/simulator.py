@@ -53,7 +53,7 @@ class Frame:
     """A picture with its geometry. Conventions: `sim.flow`."""
 
     rgb: NDArray[np.uint8]  # [H, W, 3]
-    depth: NDArray[np.float32]  # [H, W] metres, 0 = no surface
+    depth: NDArray[np.float32]  # [H, W] metres, 0 = no surface; panes are none
     bodies: NDArray[np.uint8]  # [H, W], 0 = static world
     intrinsics: NDArray[np.float64]  # K [3, 3] pixels
     camera_pose: NDArray[np.float64]  # [4, 4] optical frame in the world

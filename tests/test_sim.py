@@ -13,14 +13,21 @@ import numpy as np
 import pytest
 
 from fpt_ros import environment
-from sim import HELD_OUT_KINDS, TRAIN_KINDS, Simulator, opengl, sheet
+from sim import HELD_OUT_KINDS, TRAIN_KINDS, Simulator, opengl, rendering, sheet
 from sim.assets import BUILDERS
-from sim.assets.assembly import assembly
-from sim.builder import COLLISION_ONLY_GROUP, PANE_GROUP, Builder, lowest_reach
+from sim.assets.assembly import assembly, lowest_reach
+from sim.builder import (
+    COLLISION_ONLY_GROUP,
+    MESH_SLOTS,
+    NO_COLOUR,
+    PANE_GROUP,
+    Builder,
+    pane_alpha,
+)
 from sim.flow import MIN_DEPTH, dense_flow, moving_bodies, point_flow
 from sim.kinds import split_kinds
 from sim.simulator import HORIZON_S, STILL, UnstableError
-from sim.world import build_world
+from sim.world import add_slots, build_world
 
 ALL_KINDS = TRAIN_KINDS + HELD_OUT_KINDS
 SIZE = (96, 128)
@@ -271,10 +278,12 @@ def test_strewn_bodies_rest_on_parts_and_before_them() -> None:
 
 def test_what_is_seen_through_a_pane_is_what_is_behind_it() -> None:
     """The picture has the pane's tint; depth and ids are those of the world without it."""
-    clear = nearer = 0
+    seen = nearer = 0
     for seed in range(20):
         world = Simulator("slider", seed, (96, 96))
         panes = np.flatnonzero(world.model.geom_group == PANE_GROUP)
+        if not len(panes):
+            continue
         frames = []
         for group, alpha in ((PANE_GROUP, 0.2), (COLLISION_ONLY_GROUP, 0.2), (0, 1.0)):
             world.model.geom_group[panes] = group
@@ -284,23 +293,73 @@ def test_what_is_seen_through_a_pane_is_what_is_behind_it() -> None:
         tinted, without, opaque = frames
         assert (tinted.bodies == without.bodies).all()
         assert (tinted.depth == without.depth).all()
-        if len(panes):
-            clear += (tinted.rgb != without.rgb).any()
-            nearer += ((opaque.depth > 0) & (opaque.depth < tinted.depth)).any()
-    assert clear >= 3
+        seen += (tinted.rgb != without.rgb).any()
+        nearer += ((opaque.depth > 0) & (opaque.depth < tinted.depth)).any()
+    assert seen >= 3
     assert nearer >= 3
 
 
+def test_a_pane_may_be_clear_in_one_picture_of_a_world_and_opaque_in_the_next() -> None:
+    world = Simulator("slider", 4, (48, 48))
+    panes = [geom for geom, (_, look, _) in world._world.looks if look == "glass"]
+    clear = []
+    for seed in range(30):
+        world.rerandomize(np.random.default_rng(seed))
+        group, colour = world.model.geom_group[panes], world.model.geom_rgba[panes]
+        untextured = world.model.geom_matid[panes] == -1
+        assert (untextured == (group == PANE_GROUP)).all()
+        assert ((colour[:, 3] < 0.3) == untextured).all()
+        assert (np.all(colour == NO_COLOUR, 1) == ~untextured).all()
+        clear.append(untextured.any())
+    assert 0 < np.mean(clear) < 1
+
+
+def test_a_pane_hides_as_much_as_it_says() -> None:
+    spec = mujoco.MjSpec()
+    add_slots(spec)
+    while len(spec.meshes) < MESH_SLOTS:
+        spec.add_mesh(name=f"mesh{len(spec.meshes)}").make_cone(3, 1)
+    box = mujoco.mjtGeom.mjGEOM_BOX
+    wall = {"type": box, "size": [1, 1, 0.01], "rgba": [1, 1, 1, 1]}
+    spec.worldbody.add_geom(name="wall", pos=[0, 0, -1], **wall)
+    spec.worldbody.add_geom(
+        name="pane", pos=[0, 0, -0.5], type=box, size=[0.5, 0.5, 0.001], rgba=[0, 0, 0, 0.3]
+    )
+    model = spec.compile()
+    model.light_active[:] = False
+    model.vis.headlight.specular[:] = 0  # else the pane shines
+    data = mujoco.MjData(model)
+    mujoco.mj_forward(model, data)
+    studio = rendering.studio((32, 32))
+    light = []
+    for hidden in (0.0, 0.4):
+        model.geom_group[model.geom("pane").id] = PANE_GROUP if hidden else COLLISION_ONLY_GROUP
+        model.geom_rgba[model.geom("pane").id, 3] = pane_alpha(hidden)
+        studio.update(model, data, False)
+        light.append(float(studio.rgb((32, 32))[16, 16].mean()))
+    assert light[1] / light[0] == pytest.approx(0.6, abs=0.02)
+
+
 def test_assemblies_stand_high_enough_for_all_their_parts() -> None:
+    """In other states of their joints, too, than the ones that were looked at."""
     stands = 0
     for seed in range(40):
         spec = mujoco.MjSpec()
         spec.compiler.degree = False
         b = Builder(spec, np.random.default_rng(seed))
         extent = assembly(b, b.root())
-        assert lowest_reach(b) > -0.004
-        stands += any(look == "feet" for _, (_, look, _) in b.looks)
-        assert extent.z > 0
+        assert lowest_reach(spec, seed=1 + seed) > -0.004
+        model = spec.compile()
+        data = mujoco.MjData(model)
+        mujoco.mj_kinematics(model, data)
+        still = model.body_weldid[model.geom_bodyid] == 0
+        boxes = still & (model.geom_type == mujoco.mjtGeom.mjGEOM_BOX)
+        bottom = data.geom_xpos[boxes, 2] - np.abs(
+            data.geom_xmat[boxes, 6:] * model.geom_size[boxes]
+        ).sum(1)
+        assert (bottom > -1e-9).all()
+        assert data.geom_xpos[still, 2].max() <= extent.z
+        stands += any(np.isclose(bottom, 0)) and b.looks[-1][1][1] == "feet"
     assert stands > 5
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sim.builder import PANE_GROUP
+from sim.builder import COLLISION_ONLY_GROUP, PANE_GROUP
 from sim.dataset import Settings, write_dataset
 from sim.foreign import PACKAGES, ForeignSimulator, check_assets, load_world
 from sim.kinds import FOREIGN_OBJECTS, HELD_OUT_KINDS, TRAIN_KINDS
@@ -83,7 +83,7 @@ def test_only_the_object_and_its_room_are_seen(world: ForeignSimulator) -> None:
         assert ((red > 60) & (blue < 0.6 * red) & (green > 0.8 * red)).any(), "the yellow box"
 
 
-def test_a_pane_shows_what_is_behind_it_in_all_that_is_drawn(world: ForeignSimulator) -> None:
+def test_panes_tint_the_picture_and_are_no_surface(world: ForeignSimulator) -> None:
     model = world.model
     glass = model.material("glass").id
     default = (model.geom_rgba == 0.5).sum(1) == 3
@@ -92,6 +92,17 @@ def test_a_pane_shows_what_is_behind_it_in_all_that_is_drawn(world: ForeignSimul
     assert panes.sum() == painted.sum() > 0
     assert (model.geom_group[panes] == PANE_GROUP).all()
     assert (model.geom_group[painted] == 0).all()
+    world.rerandomize(np.random.default_rng(0))
+    tinted = world.render()
+    model.geom_group[panes] = COLLISION_ONLY_GROUP
+    try:
+        world.rerandomize(np.random.default_rng(0))
+        without = world.render()
+    finally:
+        model.geom_group[panes] = PANE_GROUP
+    assert (tinted.rgb != without.rgb).any()
+    assert (tinted.depth == without.depth).all()
+    assert (tinted.bodies == without.bodies).all()
 
 
 def test_the_camera_frames_the_object(world: ForeignSimulator) -> None:

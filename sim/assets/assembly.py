@@ -13,7 +13,7 @@ import numpy as np
 
 from sim.assets.mechanisms import add_dial
 from sim.assets.pieces import add_feet, add_prop, vessel_profile
-from sim.builder import Builder, Extent, lowest_reach, multiply, turn
+from sim.builder import Builder, Extent, multiply, turn
 
 Body = mujoco.MjsBody
 
@@ -433,14 +433,14 @@ _GAP = 0.003  # reaching down by less is lying on the ground
 def assembly(b: Builder, root: Body) -> Extent:
     """One to four parts on a random base, at times one that carries another.
 
-    It stands as high as its parts need to move freely, on a plinth or legs.
+    It stands as high as its parts need not to reach into the ground.
     """
     while True:
         state = b.rng.bit_generator.state
         trial = Builder(mujoco.MjSpec(), b.rng, b.scale)
         trial.spec.compiler.degree = False
         _mounted(trial, trial.root())
-        stand = -lowest_reach(trial) / b.scale
+        stand = -lowest_reach(trial.spec) / b.scale
         if stand < _HIGHEST_STAND:
             break
     b.rng.bit_generator.state = state  # for the same once more
@@ -454,19 +454,56 @@ def assembly(b: Builder, root: Body) -> Extent:
     return Extent(1.1 * half_x, 1.1 * half_y, extent.z + stand + 0.1)
 
 
+def lowest_reach(spec: mujoco.MjSpec, seed: int = 0) -> float:
+    """Height of the lowest point that articulated parts get to (m); compiles the spec.
+
+    In 64 states of the joints, the ends of each among them. Turned surfaces are as their cylinders.
+    """
+    model = spec.compile()
+    data = mujoco.MjData(model)
+    shapes = mujoco.mjtGeom
+    moves = model.body_weldid[model.geom_bodyid] != 0
+    geoms = np.flatnonzero(moves & (model.geom_type != shapes.mjGEOM_MESH))
+    kind = model.geom_type[geoms]
+    half = model.geom_aabb[geoms, 3:]
+    low, high = model.jnt_range.T
+    states = np.random.default_rng(seed).uniform(low, high, (64, model.njnt))
+    ends = np.zeros((2 * model.njnt, model.njnt))
+    ends[::2][np.diag_indices(model.njnt)] = low
+    ends[1::2][np.diag_indices(model.njnt)] = high
+    states[: len(ends)] = ends[: len(states)]
+    lowest = np.inf
+    for state in states:
+        data.qpos[:] = state
+        mujoco.mj_kinematics(model, data)
+        along = np.abs(data.geom_xmat[geoms, 6:]) * half  # [G, 3] of the half sizes, upwards
+        across = np.hypot(along[:, 0], along[:, 1])
+        down = np.select(
+            [kind == shapes.mjGEOM_BOX, kind == shapes.mjGEOM_ELLIPSOID],
+            [along.sum(1), np.hypot(across, along[:, 2])],
+            across + along[:, 2],
+        )
+        round_end = kind == shapes.mjGEOM_CAPSULE
+        upright = np.abs(data.geom_xmat[geoms, 8])
+        down[round_end] = (half[:, 0] + upright * (half[:, 2] - half[:, 0]))[round_end]
+        lowest = min(lowest, float((data.geom_xpos[geoms, 2] - down).min()))
+    return lowest
+
+
 def _stand(b: Builder, body: Body, extent: Extent, height: float) -> None:
-    """A plinth, a round one or legs below `body`, which has this extent."""
-    x, y, half = 0.8 * extent.x, 0.8 * extent.y, height / 2
+    """A plinth, or a plate on a column or legs, below `body`, which has this extent."""
+    x, y = extent.x, extent.y
     style = b.integer(0, 2)
-    if style == 0:
-        b.box(body, (x, y, half), (0, 0, -half), "feet")
-    elif style == 1:
-        b.cylinder(body, min(x, y), half, (0, 0, -half), "z", "feet")
-    else:
+    plate = height if style == 0 else min(0.03, height / 2)
+    b.box(body, (x, y, plate / 2), (0, 0, -plate / 2), "feet")
+    half = (height - plate) / 2
+    if style == 1:
+        b.cylinder(body, 0.3 * min(x, y), half, (0, 0, -plate - half), "z", "feet")
+    elif style == 2:
         thick = min(b.uniform(0.01, 0.03), 0.5 * min(x, y))
         for i in (-1, 1):
             for j in (-1, 1):
-                at = (i * (x - thick), j * (y - thick), -half)
+                at = (i * (x - thick), j * (y - thick), -plate - half)
                 b.box(body, (thick, thick, half), at, "feet")
 
 
