@@ -6,6 +6,7 @@ import os
 import shlex
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,24 @@ def test_each_row_has_its_room_and_its_flag(model: FlowPokeTransformer, threads:
         others = [(k, change(v)) for k, v in memory]
         with pytest.raises(ValueError, match=r"contiguous keys and values \[1, 3, 32, 32\]"):
             few(x, pokes, rotation, flags, others, past, known)
+
+
+@needs_compiler
+def test_threads_may_call_it_at_once(model: FlowPokeTransformer) -> None:
+    prepared = prepare(model, torch.device("cpu"), torch.float32)
+    few = FewTokens(prepared)
+
+    def ask(seed: int) -> torch.Tensor:
+        rng = torch.Generator().manual_seed(seed)
+        x = torch.randn(2, 3, 96, generator=rng)
+        rotation = prepared.rope(torch.rand(2, 3, 2, generator=rng))
+        memory = [tuple(torch.randn(1, 3, 32, 32, generator=rng) for _ in "kv") for _ in range(3)]
+        return few(x, 1, rotation, torch.tensor([1, 0]), memory, 3 * [(None, None)], 0)[0]
+
+    alone = [ask(seed) for seed in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        for seed, found in enumerate(pool.map(ask, 25 * [0, 1, 2, 3])):
+            assert torch.equal(found, alone[seed % 4])
 
 
 @needs_compiler

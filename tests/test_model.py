@@ -4,6 +4,7 @@
 import copy
 import dataclasses
 import json
+import math
 import pickle
 import re
 import shutil
@@ -12,6 +13,8 @@ import sys
 import warnings
 import weakref
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -249,6 +252,25 @@ class TestMixture:
         assert_close(one.kl(q), (p.component_kl(q)[:, 0] - q.log_weights).min(-1), 1e-9)
         assert_close(one.kl(one), np.zeros(6), 1e-9)
 
+    @pytest.mark.parametrize("std", [1e-4, 1.0])
+    def test_kl_of_almost_singular_gaussians(self, std: float) -> None:
+        """Against the closed form in rational numbers: no digit of the inputs is lost in it."""
+        slopes, narrow = (0.999999, -0.5), 1e-6
+        trils = np.array([[[std, 0], [slope * std, narrow * std]] for slope in slopes])
+        means = np.array([[0.0, 0.0], [0.3 * std, -2 * std]])
+        p, q = (FlowMixture(np.zeros(1), means[i, None], trils[i, None]) for i in (0, 1))
+        for one, other in ((p, q), (q, p)):
+            (a, _), (b, c) = ([Fraction(float(x)) for x in row] for row in one.scale_tril[0])
+            (d, _), (e, f) = ([Fraction(float(x)) for x in row] for row in other.scale_tril[0])
+            x, y = (
+                Fraction(float(i)) - Fraction(float(j))
+                for i, j in zip(other.means[0], one.means[0], strict=True)
+            )
+            squares = (a / d) ** 2 + (c / f) ** 2 + ((b - e * a / d) / f) ** 2
+            squares += (x / d) ** 2 + ((y - e * x / d) / f) ** 2
+            expected = float(squares - 2) / 2 + math.log(d * f / (a * c))
+            assert float(one.kl(other)) == pytest.approx(expected, rel=1e-9)
+
     def test_modes_are_sorted_and_scaling_is_linear(self) -> None:
         mix = random_mixture()
         modes = mix.modes()
@@ -425,6 +447,32 @@ class TestPredictor:
         assert np.abs(batch[1].means - whole.means).max() > 1e-4, "hypotheses are different"
         monkeypatch.setattr("fpt_model.engine._PASS", 7 * model.config.width)
         assert_mixtures_close(predictor.predict(scene, self.POS, self.FLOW, queries), whole)
+
+    @pytest.mark.parametrize("precision", ["fp32", "bf16"])
+    def test_two_scenes_at_once(
+        self, model: FlowPokeTransformer, precision: Precision, image: np.ndarray
+    ) -> None:
+        """Threads that share a predictor disturb neither each other's scenes nor answers."""
+        predictor = FlowPredictor(model, precision=precision)
+        queries = geometry.grid((5, 6))
+        pokes = np.random.default_rng(0).random((2, 6, 2))
+
+        def ask(picture: np.ndarray) -> list[FlowMixture]:
+            scene = predictor.encode(picture)
+            return [
+                predictor.predict(scene, pokes[0, :count], pokes[1, :count], queries, static)
+                for count in (0, 2, 6, 1)
+                for static in (True, False)
+            ]
+
+        pictures = [image, image[::-1].copy()]
+        alone = [ask(picture) for picture in pictures]
+        assert np.abs(alone[0][2].means - alone[1][2].means).max() > 1e-4, "scenes are different"
+        with ThreadPoolExecutor(2) as pool:
+            together = list(pool.map(ask, 6 * pictures))
+        for i, answers in enumerate(together):
+            for found, expected in zip(answers, alone[i % 2], strict=True):
+                assert_mixtures_close(found, expected)
 
     def test_known_pokes_are_not_run_again(
         self, model: FlowPokeTransformer, image: np.ndarray, monkeypatch: pytest.MonkeyPatch

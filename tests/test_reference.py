@@ -5,6 +5,7 @@ Most compare with tensors it computed, which are not part of the repository: set
 """
 
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +31,7 @@ from fpt_model.geometry import ModelView
 from fpt_model.layers import grid_positions
 from fpt_model.model import mixture_parameters, negative_log_likelihood
 from fpt_model.predictor import Scene
+from training.evaluation.measure import variational_kl
 
 REFERENCE = Path(
     os.environ.get("FPT_REFERENCE_DIR", Path(__file__).parents[2] / "shared" / "reference")
@@ -334,7 +336,29 @@ class TestSmall:
         poked = poked[:, 5:]  # the queries
         assert_close(poked.kl(free), kl["matched_bound"], 1e-9)
         assert_close(poked.component_kl(free), kl["kl_pairs"], 1e-9)
+        assert_close(variational_kl(poked, free), kl["variational"], 1e-9)
         assert_close(poked.kl(free, "monte_carlo", samples=20_000), kl["numeric"], 0.02)
+
+    def test_cumulative_distribution(self, z: Arrays) -> None:
+        """Nothing here needs one, but theirs is one more view of the same mixture."""
+        mixture = FlowMixture(
+            *(z[f"parallel.{name}"][0, 5] for name in ("log_weights", "loc", "scale_tril"))
+        )
+        normal = np.vectorize(lambda x: 0.5 * math.erfc(-x / math.sqrt(2)))
+        nodes, node_weights = np.polynomial.legendre.leggauss(200)
+        found = []
+        for x, y in z["cdf_points"]:
+            total = 0.0
+            for weight, mean, tril in zip(
+                mixture.weights, mixture.means, mixture.scale_tril, strict=True
+            ):
+                high = min((x - mean[0]) / tril[0, 0], 9.0)  # of the first axis, standardised
+                u = (high + 9) / 2 * (nodes + 1) - 9
+                density = np.exp(-u * u / 2) / math.sqrt(2 * math.pi)
+                below = normal((y - mean[1] - tril[1, 0] * u) / tril[1, 1])
+                total += weight * (high + 9) / 2 * np.sum(node_weights * density * below)
+            found.append(total)
+        assert_close(found, z["cdf_of_query0_batch0"], 1e-5)
 
 
 @needs_reference
@@ -377,4 +401,5 @@ class TestBase:
         if precision == "fp32":
             features = scene.features.maps[0]
             assert_close(features[0, :, 0, 0], z["feat_row0"], 1e-4)
+            assert_close(features[:, ::16, ::4, ::4], z["feat_probe"], 1e-4)
             assert_close([features.mean(), features.std()], z["feat_mean_std"], 1e-4)
