@@ -144,6 +144,13 @@ def markdown(results: dict[str, Any]) -> str:
         for row in results["rows"]
     ]
     commits = ", ".join(f"`{c}`" for c in sorted({row["commit"] for row in results["rows"]}))
+    best = min(row["epe_over_no_motion"] for row in results["rows"])
+    caveat = (
+        f"**The best errs {best:.2f} times as much as predicting no motion: so few steps tell how "
+        "learning starts, not where it ends.**\n\n"
+        if best >= 1
+        else ""
+    )
     return (
         "# Ablations\n\n"
         f"By `benchmarks/ablation.py`, commit {commits}, {results['date']}, "
@@ -156,8 +163,9 @@ def markdown(results: dict[str, Any]) -> str:
         "mean*: without pokes, the error of the nearer of the two most probable modes over the "
         "mean's, each distinct future once. *Speed by flag*: expected speed of the still world for "
         "`camera_static` 0 over that for 1. Definitions: `docs/evaluation.md`.\n\n"
+        + caveat
         + table(["variant", "question", *COLUMNS.values()], rows)
-        + "\nWhat each changes: `benchmarks/ablations.yaml`.\n"
+        + "\nWhat each changes: `overrides` in `benchmarks/ablations.json`.\n"
     )
 
 

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ from closeness import assert_close
 from node_harness import save_small_model
 from test_reference import OWN, SMALL, SMALL_SEED
 
-from fpt_model import FlowMixture, FlowPredictor, checkpoint, load_model
+from fpt_model import FlowMixture, FlowPredictor, checkpoint, load_model, save_model
 from fpt_ros.cli import main
 
 HEIGHT, WIDTH, FRAMES = 120, 160, 5
@@ -268,6 +269,32 @@ def test_help_describes_every_option(run):
     text = run("predict", "--help").stdout
     for option in ("--poke", "--query", "--grid", "--out", "--model", "--moving-camera", "--json"):
         assert re.search(rf"{option}.*  \w", text), option
+
+
+def test_the_licence_of_other_peoples_weights_is_told(
+    run: Run, folder: Path, tmp_path: Path
+) -> None:
+    model = load_model(folder / "small.safetensors")
+    model.config = replace(model.config, licence="CC-BY-NC-4.0")
+    save_model(model, tmp_path / "theirs.safetensors")
+    for file, told in (
+        (tmp_path / "theirs.safetensors", True),
+        (folder / "small.safetensors", False),
+    ):
+        result = run(
+            "predict",
+            folder / "box.png",
+            "--poke",
+            "70,60,9,0",
+            "--grid",
+            "1x1",
+            "--json",
+            "--model",
+            file,
+        )
+        assert result.returncode == 0, result.stderr
+        assert ("licence CC-BY-NC-4.0" in result.stderr) == told
+        json.loads(result.stdout)
 
 
 class TestConvert:

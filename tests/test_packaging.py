@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import os
 import re
 import shutil
@@ -111,6 +112,12 @@ def rosdep_keys_of_imports(*folders: str) -> set[str]:
     ours |= {f.stem for folder in ("tests", "benchmarks") for f in ROOT.glob(f"{folder}/*.py")}
     modules = set().union(*map(imported_modules, files)) - ours - sys.stdlib_module_names
     return {ROSDEP_KEYS.get(module, module) for module in modules - PIP_ONLY}
+
+
+@pytest.mark.parametrize("model", sorted(p.stem for p in (ROOT / "models").glob("*.safetensors")))
+def test_a_model_card_is_of_the_file_beside_it(model: str) -> None:
+    digest = hashlib.sha256((ROOT / f"models/{model}.safetensors").read_bytes()).hexdigest()
+    assert f"| sha256 | `{digest}` |" in (ROOT / f"models/{model}.md").read_text()
 
 
 def test_package_xml_names_exactly_what_is_imported() -> None:

@@ -45,13 +45,16 @@ def load_predictor(
     providers: str = "cpu",
     device: str = "cpu",
 ) -> FlowPredictor:
-    """What answers; UserError where exactly this cannot be had, never something else instead."""
-    from fpt_model import BackendError, CheckpointError, FlowPredictor
+    """What answers; UserError where exactly this cannot be had, never something else instead.
+
+    The licence of its weights is told on the standard error, where it is not this project's.
+    """
+    from fpt_model import BackendError, CheckpointError, FlowPredictor, FPTConfig
 
     if graphs and backend == "torch":
         raise UserError(f"--graphs {graphs} needs --backend onnxruntime")
     try:
-        return FlowPredictor.load(
+        predictor = FlowPredictor.load(
             model,
             backend,  # type: ignore[arg-type]  # the predictor checks both
             device,
@@ -64,3 +67,6 @@ def load_predictor(
         raise UserError(f"--model: {error}") from error
     except (BackendError, OSError, RuntimeError, ValueError) as error:
         raise UserError(str(error)) from error
+    if (licence := predictor.config.licence) != FPTConfig.licence:
+        typer.echo(f"weights of {predictor.config.name}: licence {licence}", err=True)
+    return predictor
