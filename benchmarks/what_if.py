@@ -3,8 +3,9 @@
 
     python benchmarks/what_if.py --out what_if.png
 
-Each row is a simulated world of a kind: the modes of one point without a poke, then flow and mask
-when that point moves as it truly may, and when it moves the opposite way. Needs MuJoCo and OpenGL.
+Each row is a simulated world of a kind: the modes of one point without a poke; flow and mask when
+that point moves as it truly may, and when it moves the opposite way, with the modes of the point
+that is least decided: it moves along, or it stays. Needs MuJoCo and OpenGL.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from fpt_model import FlowPredictor, load_model
-from fpt_model.visualize import draw_overlay, side_by_side
+from fpt_model import FlowMixture, FlowPredictor
+from fpt_model.geometry import grid
+from fpt_model.visualize import RGBImage, draw_overlay, side_by_side
 from sim import Simulator
 
-SCENES = ("drawer:1", "door:6", "knob:4", "turntable:2")
+SCENES = ("drawer:1", "slider:4", "turntable:2", "lid:6")
 SIZE = (240, 320)  # (height, width) px
 GRID = (64, 64)
 NO_POINTS = np.zeros((0, 2))
@@ -36,30 +38,45 @@ def true_motion(world: Simulator, seed: int) -> tuple[NDArray[np.float64], NDArr
     return np.array([[(u + 0.5) / width, (v + 0.5) / height]]), truth.flow[v, u][None].astype(float)
 
 
-def row(predictor: FlowPredictor, scene: str) -> NDArray[np.uint8]:
-    """The three pictures of a scene ``kind:seed``, side by side."""
+def undecided(mixture: FlowMixture) -> int:
+    """The query ``[Q]`` whose two likeliest motions are both likely and farthest apart."""
+    modes = mixture.modes()
+    apart = np.linalg.norm(modes.means[:, 0] - modes.means[:, 1], axis=-1)
+    spread = np.linalg.norm(modes.scale_tril[:, :2], axis=(-2, -1)).sum(-1)
+    return int(np.argmax(modes.weights[:, 1] * np.where(apart > 2 * spread, apart, 0)))
+
+
+def row(predictor: FlowPredictor, scene: str) -> RGBImage:
+    """The three pictures of a scene ``kind:seed``, side by side; prints two motions of a point."""
     kind, seed = scene.split(":")
     world = Simulator(kind, int(seed), SIZE)
     image = world.render().rgb
     encoded = predictor.encode(image)
     point, motion = true_motion(world, int(seed))
-    scale = np.array(SIZE[::-1])
-    pictures = []
-    for sign in (0, 1, -1):
-        pokes = (point, sign * motion) if sign else (NO_POINTS, NO_POINTS)
-        mixture = predictor.predict(encoded, *pokes, point)
-        shown = (mixture.scaled(*scale),) if sign == 0 else (None,)
-        flow = predictor.dense(encoded, *pokes, GRID, "median") if sign else None
-        mask = predictor.moving_part(encoded, *pokes, GRID) if sign else None
+    scale = np.array(SIZE[::-1], float)
+    free = predictor.predict(encoded, NO_POINTS, NO_POINTS, point)
+    pictures = [
+        draw_overlay(image, NO_POINTS, NO_POINTS, point * scale, free.scaled(*scale)),
+    ]
+    for sign in (1, -1):
+        mixture = predictor.predict(encoded, point, sign * motion, grid(GRID))
+        query = undecided(mixture)
+        modes = mixture[query].scaled(*scale).modes()
+        at = grid(GRID)[query] * scale
+        text = "; ".join(
+            f"{weight:.2f} ({dx:.1f}, {dy:.1f})"
+            for weight, (dx, dy) in zip(modes.weights, modes.means, strict=True)
+        )
+        print(f"{scene}, poked by {sign:+d}: ({at[0]:.0f}, {at[1]:.0f}) moves by {text} px")
         pictures.append(
             draw_overlay(
                 image,
-                pokes[0] * scale,
-                pokes[1] * scale,
-                point * scale if sign == 0 else NO_POINTS,
-                shown[0],
-                None if flow is None else flow * scale,
-                mask,
+                point * scale,
+                sign * motion * scale,
+                at[None],
+                mixture[query : query + 1].scaled(*scale),
+                mixture.median().reshape(*GRID, 2) * scale,
+                predictor.moving_part(encoded, point, sign * motion, GRID),
             )
         )
     return side_by_side(pictures, ["no poke: what may happen", "poked", "poked the other way"])
@@ -71,7 +88,7 @@ def main() -> None:
     parser.add_argument("--scenes", nargs="+", default=SCENES, metavar="KIND:SEED")
     parser.add_argument("--out", type=Path, default=Path("what_if.png"))
     options = parser.parse_args()
-    predictor = FlowPredictor(load_model(options.model))
+    predictor = FlowPredictor.load(options.model)
     rows = [row(predictor, scene) for scene in options.scenes]
     cv2.imwrite(str(options.out), cv2.cvtColor(np.vstack(rows), cv2.COLOR_RGB2BGR))
     print(f"wrote {options.out}")
