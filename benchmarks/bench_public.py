@@ -112,7 +112,7 @@ def ours(weights: Path, precision: Any, compiled: bool) -> Model:
     return Model(
         lambda: predictor.encode(image),
         lambda *args: predictor.predict(*args).mean(),
-        lambda *args: predictor.sample(*args, seed=0),
+        lambda *args: predictor.sample(*args, num_samples=1, seed=0),
     )
 
 

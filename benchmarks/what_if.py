@@ -39,11 +39,17 @@ def true_motion(world: Simulator, seed: int) -> tuple[NDArray[np.float64], NDArr
 
 
 def undecided(mixture: FlowMixture) -> int:
-    """The query ``[Q]`` whose two likeliest motions are both likely and farthest apart."""
+    """The query ``[Q]`` whose two likeliest motions are both likely and farthest apart.
+
+    ValueError if there is none whose two are further apart than twice their deviations.
+    """
     modes = mixture.modes()
     apart = np.linalg.norm(modes.means[:, 0] - modes.means[:, 1], axis=-1)
     spread = np.linalg.norm(modes.scale_tril[:, :2], axis=(-2, -1)).sum(-1)
-    return int(np.argmax(modes.weights[:, 1] * np.where(apart > 2 * spread, apart, 0)))
+    distinct = apart > 2 * spread
+    if not distinct.any():
+        raise ValueError(f"none of {len(distinct)} queries has two distinct motions")
+    return int(np.argmax(modes.weights[:, 1] * np.where(distinct, apart, 0)))
 
 
 def row(predictor: FlowPredictor, scene: str) -> RGBImage:

@@ -60,7 +60,7 @@ FOREIGN_OBJECTS = {
 FOREIGN_KINDS = tuple(FOREIGN_OBJECTS)
 """Kinds of the "foreign" split: for the final evaluation alone, nothing is chosen by them.
 
-But for one thing they are no longer blind: training's worlds have panes that are seen through since
+In one thing they are no longer blind: training's worlds have panes that are seen through since
 generator 14, after models had moved what is behind the panes of the windows and the microwave.
 """
 

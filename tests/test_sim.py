@@ -62,7 +62,7 @@ def landing_agreement(frame, truth) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize("kind", ALL_KINDS)
 def test_moved_points_are_where_the_second_rendering_shows_them(kind):
-    agree = moving_agree = visible = moving_visible = 0
+    agree = moving_agree = visible = moving_visible = flagged = 0
     for seed in range(4):
         world = Simulator(kind, seed, SIZE)
         rng = np.random.default_rng(seed)
@@ -74,10 +74,15 @@ def test_moved_points_are_where_the_second_rendering_shows_them(kind):
             visible += seen.sum()
             moving_agree += agrees[seen & truth.moving].sum()
             moving_visible += (seen & truth.moving).sum()
+            flagged += (agrees & truth.moving & truth.occluded).sum()
     assert visible > 4 * 8000
     assert agree / visible > 0.99, f"{agree} of {visible}"
     assert moving_visible > 0
     assert moving_agree / moving_visible > 0.98, f"{moving_agree} of {moving_visible}"
+    # thin links that turn show another side
+    assert flagged / moving_agree < (0.1 if kind == "arm" else 0.025), (
+        f"{flagged} of {moving_agree} hidden, though they are seen"
+    )
 
 
 @pytest.mark.parametrize("kind", ALL_KINDS)
@@ -302,8 +307,8 @@ def test_what_is_seen_through_a_pane_is_what_is_behind_it() -> None:
 def test_a_pane_may_be_clear_in_one_picture_of_a_world_and_opaque_in_the_next() -> None:
     world = Simulator("slider", 4, (48, 48))
     panes = [geom for geom, (_, look, _) in world._world.looks if look == "glass"]
-    clear = []
-    for seed in range(30):
+    clear, shadows = [], []
+    for seed in range(200):
         world.rerandomize(np.random.default_rng(seed))
         group, colour = world.model.geom_group[panes], world.model.geom_rgba[panes]
         untextured = world.model.geom_matid[panes] == -1
@@ -311,7 +316,10 @@ def test_a_pane_may_be_clear_in_one_picture_of_a_world_and_opaque_in_the_next() 
         assert ((colour[:, 3] < 0.3) == untextured).all()
         assert (np.all(colour == NO_COLOUR, 1) == ~untextured).all()
         clear.append(untextured.any())
+        shadows.append(world._shadows)
     assert 0 < np.mean(clear) < 1
+    assert np.any(shadows)
+    assert not np.any(shadows, where=clear), "clear panes would cast a wall's shadow"
 
 
 def test_a_pane_hides_as_much_as_it_says() -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""README's "Train your own" on a few hundred pictures: each command as a process of its own."""
+"""What README's "Train your own" does, on a few hundred pictures: commands as processes."""
 
 import json
 import subprocess
@@ -18,7 +18,7 @@ def test_from_worlds_to_figures(tmp_path: Path) -> None:
     make += ["--images-per-world", 1, "--images-per-shard", 120, "--workers", 2]
     train = [*fpt, "train", "--config", "training/configs/tiny.yaml", "--data", data, "--out", run]
     for command in (
-        [*make, "--split", "train", "--images", 240, "--wide", 0.5],
+        [*make, "--split", "train", "--images", 240, "--wide", 0.4],
         [*make, "--split", "val", "--images", 120],
         [*make, "--split", "held_out", "--images", 120],
         [*train, "--quick", "optim.start_from=fpt-tiny", "optim.pretrained_encoder=false"],
@@ -28,7 +28,12 @@ def test_from_worlds_to_figures(tmp_path: Path) -> None:
         ],
     ):
         done = subprocess.run(
-            [str(word) for word in command], cwd=ROOT, capture_output=True, text=True, check=False
+            [str(word) for word in command],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=250,
         )
         assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
     manifest = json.loads((data / "manifest-train.json").read_text())

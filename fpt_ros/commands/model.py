@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -67,6 +68,12 @@ def load_predictor(
         raise UserError(f"--model: {error}") from error
     except (BackendError, OSError, RuntimeError, ValueError) as error:
         raise UserError(str(error)) from error
-    if (licence := predictor.config.licence) != FPTConfig.licence:
-        typer.echo(f"weights of {predictor.config.name}: licence {licence}", err=True)
+    if predictor.config.licence != FPTConfig.licence:
+        _tell(f"weights of {predictor.config.name}: licence {predictor.config.licence}")
     return predictor
+
+
+@cache
+def _tell(text: str) -> None:
+    """Once, however often a command loads the model."""
+    typer.echo(text, err=True)
