@@ -22,7 +22,7 @@ from fpt_model.geometry import grid
 from fpt_model.visualize import RGBImage, draw_overlay, side_by_side
 from sim import Simulator
 
-SCENES = ("drawer:1", "slider:4", "turntable:2", "lid:6")
+SCENES = ("drawer:1", "door:6", "turntable:2", "lid:6")
 SIZE = (240, 320)  # (height, width) px
 GRID = (64, 64)
 NO_POINTS = np.zeros((0, 2))
@@ -95,8 +95,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("what_if.png"))
     options = parser.parse_args()
     predictor = FlowPredictor.load(options.model)
-    rows = [row(predictor, scene) for scene in options.scenes]
-    cv2.imwrite(str(options.out), cv2.cvtColor(np.vstack(rows), cv2.COLOR_RGB2BGR))
+    picture = np.vstack([row(predictor, scene) for scene in options.scenes])
+    half = cv2.resize(picture, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)
+    cv2.imwrite(str(options.out), cv2.cvtColor(half, cv2.COLOR_RGB2BGR))
     print(f"wrote {options.out}")
 
 
