@@ -51,7 +51,7 @@ from fpt_ros.images import image_to_array
 from fpt_ros.messages import distribution_from_msg, queries_to_msg, read_pokes
 from fpt_ros.pokes import Pokes, RequestError, check_inside
 
-DEFAULT_SCENES = ("drawer:1", "door:22", "body:13")  # never trained on: seeds of the "val" split
+DEFAULT_SCENES = ("drawer:1", "door:31", "body:13")  # never trained on: seeds of the "val" split
 SCENE_SIZE = (480, 640)  # (height, width) of simulated images, px
 MAX_PICTURE_SIDE = (
     1280  # px; larger pictures of the user's are reduced, to pass through DDS fluently

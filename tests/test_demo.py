@@ -90,7 +90,7 @@ def run(out: Path, *arguments: object) -> tuple[int, str, str]:
 def test_simulated_scene(tmp_path):
     """With the shipped model, whose answer is near the simulation's truth."""
     out = tmp_path / "overlay.png"
-    code, output, errors = run(out, "--scene", "door:22", "--model", "fpt-tiny")
+    code, output, errors = run(out, "--scene", "door:31", "--model", "fpt-tiny")
     assert code == 0, output + errors
     assert "scene 1 of 1: door" in output
     summary = re.search(
