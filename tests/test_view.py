@@ -202,9 +202,10 @@ def test_a_live_node_is_shown(model: Path, tmp_path: Path) -> None:
             view.wait_for("shows /image, /camera_info, /pokes, /fpt/distribution")
             sent: list[Header] = []
 
-            def shown() -> bool:  # what was sent before the viewer was connected is not
+            def shown() -> bool:  # what was sent before the viewer had all topics is not
                 sent.append(_poke_and_answer(user))
-                return any("camera/mask SegmentationImage" in name for name in logged(out))
+                seen = " ".join(logged(out))
+                return "camera/image Image" in seen and "camera/mask SegmentationImage" in seen
 
             wait_until(shown)
             sent.append(_poke_and_answer(user))
