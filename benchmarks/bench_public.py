@@ -33,7 +33,7 @@ SIDE = 448
 CELLS = (64, 64)
 POKES = 4
 JOINT_STEPS = 32
-SIDES = {  # name: precision of ours, compiled; None: the public code, under autocast or not
+SIDES = {  # name: ours or (None) the public code, precision, compiled
     "public fp32": (None, "fp32", False),
     "public bf16 autocast": (None, "bf16", False),
     "ours fp32": ("ours", "fp32", False),

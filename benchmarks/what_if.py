@@ -61,9 +61,7 @@ def row(predictor: FlowPredictor, scene: str) -> RGBImage:
     point, motion = true_motion(world, int(seed))
     scale = np.array(SIZE[::-1], float)
     free = predictor.predict(encoded, NO_POINTS, NO_POINTS, point)
-    pictures = [
-        draw_overlay(image, NO_POINTS, NO_POINTS, point * scale, free.scaled(*scale)),
-    ]
+    pictures = [draw_overlay(image, NO_POINTS, NO_POINTS, point * scale, free.scaled(*scale))]
     for sign in (1, -1):
         mixture = predictor.predict(encoded, point, sign * motion, grid(GRID))
         query = undecided(mixture)
@@ -82,7 +80,7 @@ def row(predictor: FlowPredictor, scene: str) -> RGBImage:
                 at[None],
                 mixture[query : query + 1].scaled(*scale),
                 mixture.median().reshape(*GRID, 2) * scale,
-                predictor.moving_part(encoded, point, sign * motion, GRID),
+                predictor.influence_of(encoded, mixture, GRID) > predictor.config.kl_threshold,
             )
         )
     return side_by_side(pictures, ["no poke: what may happen", "poked", "poked the other way"])
