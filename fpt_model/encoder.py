@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fpt_model.attention import OwnAttention
 from fpt_model.config import FPTConfig
 from fpt_model.geometry import ModelView
 from fpt_model.layers import (
@@ -225,6 +226,7 @@ class ImageEncoder(nn.Module):
             skips, others = maps[: self.fine][::-1], maps[self.fine :]
             out = [self.context(others), norm_channels(self.norm, skips[0])]
             return out if self.detail is None else [*out, self.detail(out[0], skips)]
-        tokens = self.backbone.forward_features(x)  # [B, prefix + h * w, C]
+        with OwnAttention():
+            tokens = self.backbone.forward_features(x)  # [B, prefix + h * w, C]
         tokens = tokens[:, self.backbone.num_prefix_tokens :]
         return [tokens.transpose(1, 2).unflatten(2, self.backbone.patch_embed.grid_size)]

@@ -281,7 +281,9 @@ def _typed_parameters(
         # its 8 bits are too few for a head, and most of its error in fpt-tiny would come from
         # EfficientNet; vision transformers bear it
         exact |= set(model.head.modules())
-        exact |= set(model.encoder.modules() if model.encoder.convolutional else ())
+        if model.encoder.convolutional:
+            exact |= set(model.encoder.modules())
+            exact -= {m for block in model.encoder.context.blocks for m in block.modules()}
     for module in model.modules():
         own = torch.float32 if isinstance(module, _EXACT) or module in exact else dtype
         for name, parameter in list(module._parameters.items()):

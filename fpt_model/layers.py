@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fpt_model.attention import scaled_dot_product_attention
+
 Rotation = tuple[Tensor, Tensor]  # cosines and sines, [B, H, T, E / 2] each
 
 
@@ -112,7 +114,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
     that of the fused kernel; on a GPU, and without gradients, that saves the memory of the weights.
     """
     if q.is_cuda or not torch.is_grad_enabled():
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
+        return scaled_dot_product_attention(q, k, v, mask, scale=1.0)
     logits = q @ k.transpose(-1, -2)
     if mask is not None:
         logits = logits + mask
