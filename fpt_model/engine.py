@@ -31,7 +31,7 @@ from fpt_model.model import (
     Layer,
     PokeContext,
 )
-from fpt_model.packed import can_pack, pack
+from fpt_model.packed import can_pack, mkl_is_slow, multiply_by_onednn, pack
 
 _log = logging.getLogger("fpt_model")
 
@@ -127,9 +127,12 @@ class TorchEngine:
         self.device, self._dtype = str(self._device), PRECISIONS[precision]
         self.model = prepare(model, self._device, self._dtype, in_place)
         compile = compile and (self._device.type != "cpu" or _can_compile())
-        few = try_few_tokens(self.model) if compile and self._device.type == "cpu" else None
-        if precision == "bf16" and self._device.type == "cpu" and can_pack():
+        on_cpu = self._device.type == "cpu"
+        few = try_few_tokens(self.model) if compile and on_cpu else None
+        if precision == "bf16" and on_cpu and can_pack():
             pack(self.model, () if few is None else few.weights)
+        if on_cpu and mkl_is_slow():
+            multiply_by_onednn(self.model)
         if few is not None:
             self.model.run_layers = few  # type: ignore[method-assign]
         if compile:

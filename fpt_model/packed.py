@@ -1,19 +1,23 @@
 # SPDX-License-Identifier: MIT
-"""Linear layers for inference whose weights lie in memory as oneDNN's products read them.
+"""Linear layers for inference on the CPU by oneDNN.
 
-A product of few rows is bound by reading the weights; torch's own bfloat16 layout is read at about
-half of the memory's rate, since oneDNN must rearrange it on the way.
+In bfloat16 their weights lie in memory as its products read them: a product of few rows is bound by
+reading the weights, and torch's own layout is read at about half of the memory's rate, since oneDNN
+must rearrange it on the way. In float32 it takes the place of MKL where that does not use all of
+the processor.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from functools import cache
 from itertools import count
+from pathlib import Path
 from typing import Any, Never
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fpt_model.allocator import return_freed_memory
@@ -110,21 +114,87 @@ class PackedQKV(PackedLinear):
 
 def pack(model: nn.Module, others: Collection[nn.Module] = ()) -> None:
     """Replace the large linear layers of bfloat16 of ``model`` but ``others``, in place."""
-    # a list of the linear layers themselves would keep them all until its end
-    parents = [module for module in model.modules() if not isinstance(module, nn.Linear)]
-    for module in parents:
+    for module, name in list(_linear_layers(model, torch.bfloat16)):
+        child = getattr(module, name)
+        if child.weight.numel() >= _LEAST and child not in others:
+            packed = PackedQKV(child) if isinstance(child, QKV) else PackedLinear(child)
+            setattr(module, name, packed)
+            del child
+            return_freed_memory()  # else a quarter of a gigabyte of holes in fpt-base
+
+
+def _linear_layers(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[nn.Module, str]]:
+    """Those that may be replaced, by the module that calls them and their name there."""
+    for module in model.modules():
         if isinstance(module, TokenEmbedding):
             continue  # applies its weight in parts
         if getattr(module, "q_bias", None) is not None:
             continue  # timm's BEiT and EVA apply the weight themselves
-        for name in [name for name, _ in module.named_children()]:
-            child = getattr(module, name)
-            if not isinstance(child, nn.Linear) or type(child) not in (nn.Linear, QKV):
-                continue  # what is derived from them may compute something else
-            if child in others:
-                continue
-            if child.weight.numel() >= _LEAST and child.weight.dtype == torch.bfloat16:
-                packed = PackedQKV(child) if isinstance(child, QKV) else PackedLinear(child)
-                setattr(module, name, packed)
-                del child
-                return_freed_memory()  # else a quarter of a gigabyte of holes in fpt-base
+        for name, child in module.named_children():
+            # what is derived from these may compute something else
+            if type(child) in (nn.Linear, QKV) and child.weight.dtype == dtype:
+                yield module, name
+
+
+_SMALL = 2**20
+"""With fewer multiplications a call of oneDNN takes longer than MKL's whole product."""
+
+_library.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+
+
+@torch.library.impl(_library, "linear", "CPU")
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if x.numel() * len(weight) < _SMALL:
+        return F.linear(x, weight, bias)
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+@torch.library.register_fake("fpt_model::linear", lib=_library)
+def _linear_shape(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], len(weight))
+
+
+@cache
+def mkl_is_slow() -> bool:
+    """Whether torch multiplies float32 by MKL on a processor that is not Intel's.
+
+    There it takes its code for AVX2: on one with AVX-512 oneDNN is 2.2 times as fast.
+    """
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    vendors = {line.split(":")[-1].strip() for line in lines if line.startswith("vendor_id")}
+    return (
+        bool(vendors - {"GenuineIntel"})
+        and torch.backends.mkl.is_available()
+        and torch.backends.mkldnn.is_available()
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    )
+
+
+class OneDNNLinear(nn.Linear):
+    """What ``linear``, of float32 on the CPU, computes, with its weight."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., in_features]`` to ``[..., out_features]``."""
+        return torch.ops.fpt_model.linear(x, self.weight, self.bias)
+
+
+class OneDNNQKV(OneDNNLinear):
+    """A :class:`~fpt_model.layers.QKV`."""
+
+    def values(self, x: Tensor) -> Tensor:
+        """The values alone."""
+        return torch.ops.fpt_model.linear(x, self.weight.chunk(3)[2], None)
+
+
+def multiply_by_onednn(model: nn.Module) -> None:
+    """Replace the linear layers of float32 of ``model``, in place; weights are shared."""
+    for module, name in list(_linear_layers(model, torch.float32)):
+        child = getattr(module, name)
+        own = OneDNNQKV(child) if isinstance(child, QKV) else OneDNNLinear(child)
+        setattr(module, name, own)

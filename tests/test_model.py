@@ -45,7 +45,16 @@ from fpt_model.backends import Precision
 from fpt_model.engine import BackendError, TorchEngine, prepare
 from fpt_model.layers import QKV, position_features
 from fpt_model.model import mixture_parameters, negative_log_likelihood
-from fpt_model.packed import PackedLinear, PackedQKV, can_pack, pack
+from fpt_model.packed import (
+    OneDNNLinear,
+    OneDNNQKV,
+    PackedLinear,
+    PackedQKV,
+    can_pack,
+    mkl_is_slow,
+    multiply_by_onednn,
+    pack,
+)
 from fpt_model.predictor import Order
 
 SMALL = FPTConfig(
@@ -815,6 +824,46 @@ class TestPacked:
             [sys.executable, "-c", PACKED], capture_output=True, text=True, check=True
         )
         assert float(done.stdout) < 8  # MiB; 19 if they are
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
+class TestOneDNN:
+    """Products of float32, which on processors that are not Intel's MKL is slow at."""
+
+    # a few rows, which are left to MKL; many; and a view as the image's maps are
+    @pytest.mark.parametrize("rows", [1, 700])
+    @pytest.mark.parametrize("bias", [False, True])
+    @torch.inference_mode()
+    def test_products(self, rows: int, bias: bool) -> None:
+        torch.manual_seed(0)
+        linear = nn.Linear(192, 576, bias=bias)
+        own = OneDNNLinear(linear)
+        assert own.weight is linear.weight
+        x = torch.randn(2, 192, rows)
+        for given in (x.transpose(1, 2), x.transpose(1, 2).contiguous()):
+            exact = given.double() @ linear.weight.double().T
+            exact += linear.bias.double() if bias else 0
+            assert_close(own(given).double(), exact, 2e-6)
+
+    def test_a_stack_is_replaced_and_keeps_its_outputs(self) -> None:
+        torch.manual_seed(0)
+        stack = nn.Sequential(QKV(192), nn.SiLU(), nn.Linear(576, 256).double())
+        x = torch.randn(400, 192)
+        with torch.inference_mode():
+            expected, values = stack[0](x), stack[0].values(x)
+            multiply_by_onednn(stack)
+            assert [type(m) for m in stack] == [OneDNNQKV, nn.SiLU, nn.Linear]
+            assert_close(stack[0](x), expected, 2e-6)
+            assert_close(stack[0].values(x), values, 2e-6)
+        weight = stack[0].weight.detach()
+        torch.library.opcheck(torch.ops.fpt_model.linear.default, (x, weight, None))
+
+    def test_engines_multiply_so_where_it_is_faster(self, model: FlowPokeTransformer) -> None:
+        for precision, layers in (("fp32", True), ("bf16", False)):  # whose head is in float32
+            engine = FlowPredictor(model, precision=precision).engine
+            kinds = [type(engine.model.layers[0].cross_q), type(engine.model.head[1])]
+            expected = [OneDNNLinear if mkl_is_slow() and own else nn.Linear for own in (layers, 1)]
+            assert kinds == expected
 
 
 PACKED = """
