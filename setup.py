@@ -34,7 +34,7 @@ setup(
     license="MIT",
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=["fpt_model*", "fpt_ros*", "sim*", "training*"]),
-    package_data={"fpt_model": ["*.cpp"], "training": ["configs/*.yaml", "suites/*.yaml"]},
+    package_data={"fpt_model": ["*.cpp", "*.h"], "training": ["configs/*.yaml", "suites/*.yaml"]},
     data_files=[
         ("share/ament_index/resource_index/packages", [f"resource/{NAME}"]),
         (f"share/{NAME}", ["package.xml"]),

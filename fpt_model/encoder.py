@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fpt_model.attention import OwnAttention
+from fpt_model.attention import AttendBy, Attention, scaled_dot_product_attention
 from fpt_model.config import FPTConfig
 from fpt_model.geometry import ModelView
 from fpt_model.layers import (
@@ -94,6 +94,8 @@ def norm_channels(norm: nn.Module, x: Tensor) -> Tensor:
 class ContextBlock(nn.Module):
     """A transformer block over a map's cells: self-attention and SwiGLU, pre-norm, residual."""
 
+    fused: Attention = staticmethod(scaled_dot_product_attention)
+
     def __init__(self, config: FPTConfig) -> None:
         super().__init__()
         w = config.context_width
@@ -112,7 +114,7 @@ class ContextBlock(nn.Module):
         qkv = self.qkv(self.attention_norm(x)).chunk(3, -1)
         q, k, v = (split_heads(t, self.heads) for t in qkv)
         q, k = (rotated_cosine(t, self.scale, rotation) for t in (q, k))
-        x = x + self.out(merge_heads(attend(q, k, v)))
+        x = x + self.out(merge_heads(attend(q, k, v, fused=self.fused)))
         value, gate = self.ffn_up(self.ffn_norm(x)).chunk(2, -1)
         return x + self.ffn_down(value * F.silu(gate))
 
@@ -185,6 +187,7 @@ class ImageEncoder(nn.Module):
 
     mean: Tensor
     std: Tensor
+    fused: Attention = staticmethod(scaled_dot_product_attention)  # of vision transformers
 
     def __init__(self, config: FPTConfig) -> None:
         super().__init__()
@@ -226,7 +229,7 @@ class ImageEncoder(nn.Module):
             skips, others = maps[: self.fine][::-1], maps[self.fine :]
             out = [self.context(others), norm_channels(self.norm, skips[0])]
             return out if self.detail is None else [*out, self.detail(out[0], skips)]
-        with OwnAttention():
+        with AttendBy(self.fused):
             tokens = self.backbone.forward_features(x)  # [B, prefix + h * w, C]
         tokens = tokens[:, self.backbone.num_prefix_tokens :]
         return [tokens.transpose(1, 2).unflatten(2, self.backbone.patch_embed.grid_size)]

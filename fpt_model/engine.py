@@ -22,8 +22,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fpt_model.encoder import ContextBlock
-from fpt_model.few_tokens import BuildError, FewTokens, compiler
+from fpt_model.attention import native_attention
+from fpt_model.encoder import ContextBlock, ImageEncoder
+from fpt_model.few_tokens import FewTokens
 from fpt_model.model import (
     AdaRMSNorm,
     FlowPokeTransformer,
@@ -31,7 +32,9 @@ from fpt_model.model import (
     Layer,
     PokeContext,
 )
-from fpt_model.packed import can_pack, mkl_is_slow, multiply_by_onednn, pack
+from fpt_model.native import BuildError, compiler
+from fpt_model.packed import can_pack, multiply_by_onednn, pack
+from fpt_model.processor import mkl_is_slow
 
 _log = logging.getLogger("fpt_model")
 
@@ -135,6 +138,7 @@ class TorchEngine:
             multiply_by_onednn(self.model)
         if few is not None:
             self.model.run_layers = few  # type: ignore[method-assign]
+            attend_natively(self.model, self._dtype)
         if compile:
             compile_layers(self.model)
 
@@ -301,6 +305,18 @@ def try_few_tokens(model: FlowPokeTransformer) -> FewTokens | None:
     except (BuildError, ValueError) as error:
         _log.warning("few tokens are run by torch.compile's code, not by our own: %s", error)
         return None
+
+
+def attend_natively(model: FlowPokeTransformer, dtype: torch.dtype) -> None:
+    """Let a prepared model's layers attend by C++ of our own where that is faster."""
+    try:
+        attention = native_attention(model.config.head_dim, dtype)
+    except (BuildError, ValueError) as error:
+        _log.warning("torch's attention is used, not our own: %s", error)
+        return
+    for module in model.modules():
+        if attention is not None and isinstance(module, (Layer, ContextBlock, ImageEncoder)):
+            module.fused = attention
 
 
 def _can_compile() -> bool:

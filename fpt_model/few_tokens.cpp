@@ -4,82 +4,18 @@
 // A pass of one query, or of one step of joint sampling, does little with each weight: what takes
 // the time is reading them, and a hundred calls between. So each thread streams its rows of every
 // matrix once, for all tokens, and what lies between stays in its caches. Built on the user's
-// machine by fpt_model/few_tokens.py; the layers themselves are explained in fpt_model/model.py.
+// machine by fpt_model/native.py; the layers themselves are explained in fpt_model/model.py.
 //
 // B rows, t tokens each (P pokes, then queries), R = B t <= MOST_TOKENS, W width, H heads, E = W /
 // H (HEAD_DIM), N image tokens. Arrays are contiguous; weights, keys and values have the type T
 // (WEIGHT, float or bfloat16), all else is float.
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <limits>
-#include <type_traits>
-#include <vector>
+#include "vectors.h"
 
 namespace {
 
-struct bfloat16 {
-  uint16_t bits;
-};
-
-using T = WEIGHT;
-constexpr int64_t E = HEAD_DIM;
-constexpr int LANES = 16;
-static_assert(E % (2 * LANES) == 0);
 constexpr int64_t AHEAD = 4096 / sizeof(T);
 constexpr float EPS = 1e-6f;  // of all norms
-
-// The widest vectors; the compiler splits them where the processor's are narrower.
-typedef float V __attribute__((vector_size(64)));
-typedef float Vm __attribute__((vector_size(64), aligned(4), may_alias));
-typedef uint16_t Halves __attribute__((vector_size(32), aligned(2), may_alias));
-typedef uint32_t Bits __attribute__((vector_size(64)));
-typedef int32_t Ints __attribute__((vector_size(64)));
-typedef float V8 __attribute__((vector_size(32)));
-typedef float V4 __attribute__((vector_size(16)));
-
-inline V load(const float* p) { return *reinterpret_cast<const Vm*>(p); }
-inline V load(const bfloat16* p) {
-  return reinterpret_cast<V>(__builtin_convertvector(*reinterpret_cast<const Halves*>(p), Bits)
-                             << 16);
-}
-inline void store(float* p, V v) { *reinterpret_cast<Vm*>(p) = v; }
-
-inline void put(float* p, float x) { *p = x; }
-inline void put(bfloat16* p, float x) {  // to the nearest, ties to even
-  uint32_t u;
-  std::memcpy(&u, &x, 4);
-  p->bits = static_cast<uint16_t>((u + 0x7fff + ((u >> 16) & 1)) >> 16);
-}
-inline float sum(V v) {
-  V8 half[2];
-  std::memcpy(half, &v, sizeof v);
-  const V8 eight = half[0] + half[1];
-  V4 quarter[2];
-  std::memcpy(quarter, &eight, sizeof eight);
-  const V4 four = quarter[0] + quarter[1];
-  return (four[0] + four[1]) + (four[2] + four[3]);
-}
-
-// exp of x <= 0, relative error below 2e-7: 2^n times a polynomial of the rest in [-1/2, 1/2] bits.
-inline V exp_of_negative(V x) {
-  const V low = V{} - 87.0f;
-  x = x > low ? x : low;
-  const V y = x * 1.44269504f - 0.5f;
-  const Ints n = __builtin_convertvector(y, Ints);  // towards zero, so the nearest whole number
-  const V whole = __builtin_convertvector(n, V);
-  // ln 2 in two parts, so that the rest is exact
-  const V r = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
-  V p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  return p * reinterpret_cast<V>((n + 127) << 23);
-}
 
 struct Layer {
   const float *self_norm, *cross_norm, *ffn_norm;  // [2, W]
@@ -200,13 +136,12 @@ inline void attend(const float* q, const T* k, const T* v, int64_t n, const floa
       own[end++] = sum(products);
     }
     for (; end < apart; ++end) own[end] = -std::numeric_limits<float>::infinity();
-    V largest = load(own);
+    V row_most = load(own);
     for (int64_t i = LANES; i < apart; i += LANES) {
       const V x = load(own + i);
-      largest = x > largest ? x : largest;
+      row_most = x > row_most ? x : row_most;
     }
-    float most = largest[0];
-    for (int i = 1; i < LANES; ++i) most = std::max(most, largest[i]);
+    const float most = largest(row_most);
     V weights{};
     for (int64_t i = 0; i < apart; i += LANES) {
       const V x = exp_of_negative(load(own + i) - most);

@@ -1,24 +1,13 @@
 # SPDX-License-Identifier: MIT
 """The layers of a prepared model for a few tokens on the CPU: one call into C++, not hundreds.
 
-The C++ is few_tokens.cpp beside this file, built for this processor when first needed (seconds) and
-kept in the user's cache folder.
+The C++ is few_tokens.cpp beside this file; fpt_model/native.py builds it.
 """
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import os
-import platform
-import shlex
-import subprocess
-import tempfile
-import threading
 from collections.abc import Sequence
-from contextlib import suppress
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,106 +17,10 @@ from torch.nn import functional
 
 from fpt_model.layers import Rotation
 from fpt_model.model import FlowPokeTransformer, KeyValue
+from fpt_model.native import TYPES, function
 
 MOST_TOKENS = 16
 """With more, the products are no longer bound by reading the weights."""
-
-_SOURCE = Path(__file__).with_suffix(".cpp")
-_TYPES = {torch.float32: "float", torch.bfloat16: "bfloat16"}
-# strict as to the order of sums and to infinities, not as to errno and traps
-_FLAGS = "-std=c++17 -O3 -march=native -fno-math-errno -fno-trapping-math -ffp-contract=fast"
-
-
-class BuildError(RuntimeError):
-    """There is no C++ compiler, or it failed; the message has its first words."""
-
-
-def compiler() -> str:
-    """The command of the C++ compiler, which torch.compile calls, too."""
-    return os.environ.get("CXX") or "g++"
-
-
-def cache_folder() -> Path:
-    """Where built code is kept: ``fpt_model`` in the user's cache folder (XDG)."""
-    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (given if given.is_absolute() else Path.home() / ".cache") / "fpt_model"
-
-
-def _build(folder: Path, defines: Sequence[str], openmp: Sequence[str]) -> Path:
-    """The library in ``folder``; BuildError."""
-    unit, built = folder / "few_tokens.o", folder / "few_tokens.so"
-    flags = [*_FLAGS.split(), "-fopenmp", "-fPIC", *defines]
-    for arguments in (
-        [*flags, "-c", str(_SOURCE), "-o", str(unit)],
-        ["-shared", "-Wl,-z,defs", str(unit), *openmp, "-o", str(built)],
-    ):
-        done = subprocess.run(
-            [*shlex.split(compiler()), *arguments], capture_output=True, text=True, check=False
-        )
-        if done.returncode:
-            words = next((line for line in done.stderr.splitlines() if "error" in line), "")
-            words = words or done.stderr.strip()[:200]
-            raise BuildError(f"{compiler()} failed with {done.returncode}: {words}")
-    return built
-
-
-def _processor() -> str:
-    """What code of ``-march=native`` depends on; homes may be shared by several machines."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    kinds = ("model name", "flags", "Features", "CPU part")
-    return "".join(sorted({line for line in lines if line.startswith(kinds)})) + platform.machine()
-
-
-def _loaded(library: Path) -> Any:
-    function = ctypes.CDLL(str(library)).run_layers
-    function.restype = None
-    function.argtypes = [ctypes.c_void_p] * 6
-    return function
-
-
-_building = threading.Lock()
-
-
-@cache
-def _library(head_dim: int, dtype: torch.dtype) -> Any:
-    """The function ``run_layers`` for heads and weights of one kind; BuildError."""
-    # the OpenMP that torch has loaded: threads of a second one would compete with its threads
-    package = Path(torch.__file__).parent  # wheels of x86-64 and of Arm
-    places = (package / "lib", package.with_name("torch.libs"))
-    bundled = sorted(file for place in places for file in place.glob("libgomp*.so*"))
-    openmp = [str(bundled[0])] if bundled else ["-lgomp"]
-    defines = [f"-DHEAD_DIM={head_dim}", f"-DWEIGHT={_TYPES[dtype]}"]
-    defines.append(f"-DMOST_TOKENS={MOST_TOKENS}")
-    try:
-        what = [_SOURCE.read_text(), _FLAGS, compiler(), *openmp, *defines, _processor()]
-        digest = hashlib.sha256("\0".join(what).encode()).hexdigest()[:16]
-        with _building:
-            return _kept(f"few_tokens-{digest}.so", defines, openmp)
-    except (OSError, RuntimeError) as error:  # RuntimeError: nobody knows the user's home
-        raise BuildError(str(error)) from error
-
-
-def _kept(name: str, defines: Sequence[str], openmp: Sequence[str]) -> Any:
-    """Out of the cache; built if it is not there, or is damaged."""
-    folder = cache_folder()
-    with suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    own = folder.is_dir() and _is_own(folder)
-    if own:
-        with suppress(OSError, AttributeError):
-            return _loaded(folder / name)
-    kept = own and os.access(folder, os.W_OK)
-    # otherwise it is built in each process, where nobody else can put anything
-    with tempfile.TemporaryDirectory(dir=folder if kept else None) as private:
-        built = _build(Path(private), defines, openmp)
-        return _loaded(built.replace(folder / name) if kept else built)
-
-
-def _is_own(folder: Path) -> bool:
-    """Whether it is this user's or root's, and not everybody can put code there."""
-    status = folder.stat()
-    return status.st_uid in (0, os.geteuid()) and not status.st_mode & 0o002
 
 
 class FewTokens:
@@ -141,10 +34,10 @@ class FewTokens:
 
     def __init__(self, model: FlowPokeTransformer) -> None:
         config, dtype = model.config, model.layers[0].self_qkv.weight.dtype
-        if config.head_dim % 32 or dtype not in _TYPES:
+        if config.head_dim % 32 or dtype not in TYPES:
             raise ValueError(
                 "expected heads of a multiple of 32 channels and weights of "
-                f"{[str(t) for t in _TYPES]}, received {config.head_dim} and {dtype}"
+                f"{[str(t) for t in TYPES]}, received {config.head_dim} and {dtype}"
             )
         self._otherwise = model.run_layers
         self._heads, self._head_dim, self._dtype = config.heads, config.head_dim, dtype
@@ -163,7 +56,9 @@ class FewTokens:
             )
         self._pointers = np.zeros((len(model.layers), len(self._tensors[0]) + 4), np.uint64)
         self._pointers[:, :-4] = [[t.data_ptr() for t in own] for own in self._tensors]
-        self._function = _library(config.head_dim, dtype)
+        most = f"-DMOST_TOKENS={MOST_TOKENS}"
+        self._function = function("few_tokens", "run_layers", config.head_dim, dtype, most)
+        self._function.argtypes = [ctypes.c_void_p] * 6
 
     def __deepcopy__(self, memo: Any) -> FewTokens:
         return self  # nothing of it changes, and it keeps its weights

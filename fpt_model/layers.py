@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fpt_model.attention import scaled_dot_product_attention
+from fpt_model.attention import Attention, scaled_dot_product_attention
 
 Rotation = tuple[Tensor, Tensor]  # cosines and sines, [B, H, T, E / 2] each
 
@@ -107,14 +107,21 @@ def merge_heads(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    fused: Attention = scaled_dot_product_attention,
+) -> Tensor:
     """Plain softmax attention without a temperature (the cosine scale is already in q and k).
 
-    ``mask`` is additive. Written out because its backward is several times faster on the CPU than
-    that of the fused kernel; on a GPU, and without gradients, that saves the memory of the weights.
+    ``mask`` is additive; ``fused`` computes it on a GPU, where that saves the memory of the
+    weights, and without gradients. With them it is written out, because its backward is several
+    times faster on the CPU than that of torch's fused kernel.
     """
     if q.is_cuda or not torch.is_grad_enabled():
-        return scaled_dot_product_attention(q, k, v, mask, scale=1.0)
+        return fused(q, k, v, mask, scale=1.0)
     logits = q @ k.transpose(-1, -2)
     if mask is not None:
         logits = logits + mask

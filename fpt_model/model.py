@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fpt_model.attention import Attention, scaled_dot_product_attention
 from fpt_model.config import FPTConfig
 from fpt_model.encoder import ImageEncoder
 from fpt_model.layers import (
@@ -133,6 +134,8 @@ def attend_pokes_and_self(
 class Layer(nn.Module):
     """Self-attention, cross-attention to the image, SwiGLU; pre-norm and residual."""
 
+    fused: Attention = staticmethod(scaled_dot_product_attention)  # of many queries to the image
+
     def __init__(self, config: FPTConfig, image_dim: int) -> None:
         super().__init__()
         w, hidden = config.width, config.width * config.ffn_expand
@@ -212,15 +215,14 @@ class Layer(nn.Module):
             attended.append(attend_pokes_and_self(qq, qk, qv, seen, hidden))
         return merge_heads(torch.cat(attended, 2)), kept
 
-    @staticmethod
-    def _cross_attend(q: Tensor, memory: KeyValue) -> Tensor:
+    def _cross_attend(self, q: Tensor, memory: KeyValue) -> Tensor:
         k, v = memory
         if k.shape[0] == q.shape[0]:
-            return attend(q, k, v)
+            return attend(q, k, v, fused=self.fused)
         # many hypotheses on an image: fold them into the query axis, the memory is not repeated
         images, t = k.shape[0], q.shape[2]
         folded = q.unflatten(0, (images, -1)).transpose(1, 2).flatten(2, 3)  # [B, H, F * T, E]
-        out = attend(folded, k, v).unflatten(2, (-1, t))  # [B, H, F, T, E]
+        out = attend(folded, k, v, fused=self.fused).unflatten(2, (-1, t))  # [B, H, F, T, E]
         return out.transpose(1, 2).flatten(0, 1)
 
 

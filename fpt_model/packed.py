@@ -13,7 +13,6 @@ import weakref
 from collections.abc import Collection, Iterator
 from functools import cache
 from itertools import count
-from pathlib import Path
 from typing import Any, Never
 
 import torch
@@ -152,23 +151,6 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 @torch.library.register_fake("fpt_model::linear", lib=_library)
 def _linear_shape(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(*x.shape[:-1], len(weight))
-
-
-@cache
-def mkl_is_slow() -> bool:
-    """Whether torch multiplies float32 by MKL on a processor that is not Intel's.
-
-    There it takes its code for AVX2: on one with AVX-512 oneDNN is 2.2 times as fast.
-    """
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    vendors = {line.split(":")[-1].strip() for line in lines if line.startswith("vendor_id")}
-    return (
-        bool(vendors - {"GenuineIntel"})
-        and torch.backends.mkl.is_available()
-        and torch.backends.mkldnn.is_available()
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    )
 
 
 class OneDNNLinear(nn.Linear):

@@ -2,9 +2,6 @@
 """fpt_model.few_tokens: C++ that runs the layers for a few tokens as PyTorch does."""
 
 import copy
-import os
-import shlex
-import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,17 +11,14 @@ import numpy as np
 import pytest
 import torch
 from closeness import assert_close
+from compilers import needs_compiler
 from random_weights import randomised
 
-from fpt_model import FlowPokeTransformer, FlowPredictor, FPTConfig, few_tokens
+from fpt_model import FlowPokeTransformer, FlowPredictor, FPTConfig, few_tokens, native
 from fpt_model.backends import Precision
 from fpt_model.encoder import preprocess
 from fpt_model.engine import PRECISIONS, TorchEngine, prepare, try_few_tokens
 from fpt_model.few_tokens import FewTokens
-
-needs_compiler = pytest.mark.skipif(
-    not shutil.which(shlex.split(os.environ.get("CXX") or "g++")[0]), reason="needs a C++ compiler"
-)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -198,7 +192,7 @@ def test_a_damaged_build_is_made_anew(
     for library in damaged:
         library.write_bytes(b"")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    few_tokens._library.cache_clear()
+    native.function.cache_clear()
     FewTokens(prepared)
     assert any(library.stat().st_size for library in damaged)
     assert {p for p in tmp_path.rglob("*") if p.is_file()} == set(damaged)
@@ -210,9 +204,9 @@ def test_where_nothing_can_be_kept_it_is_built_all_the_same(
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    few_tokens._library.cache_clear()
+    native.function.cache_clear()
     FewTokens(prepare(model, torch.device("cpu"), torch.float32))
-    few_tokens._library.cache_clear()
+    native.function.cache_clear()
 
 
 def test_without_a_compiler_few_tokens_run_slowly(
@@ -223,7 +217,7 @@ def test_without_a_compiler_few_tokens_run_slowly(
 ) -> None:
     prepared = prepare(model, torch.device("cpu"), torch.float32)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(few_tokens, "_library", few_tokens._library.__wrapped__)
+    monkeypatch.setattr(few_tokens, "function", native.function.__wrapped__)
     for compiler, reason in (("no-compiler", "No such file"), ("false", "false failed with 1")):
         monkeypatch.setenv("CXX", compiler)
         caplog.clear()

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: MIT
+"""What this processor is good at, where torch's choice of code is not the fastest."""
+
+from __future__ import annotations
+
+import platform
+from functools import cache
+from pathlib import Path
+
+import torch
+
+
+def _cpuinfo(*kinds: str) -> list[str]:
+    """The different lines of /proc/cpuinfo that start so; none where there is no such file."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    return sorted({line for line in lines if line.startswith(kinds)})
+
+
+def description() -> str:
+    """What code of ``-march=native`` depends on; homes may be shared by several machines."""
+    return "".join(_cpuinfo("model name", "flags", "Features", "CPU part")) + platform.machine()
+
+
+@cache
+def mkl_is_slow() -> bool:
+    """Whether torch multiplies float32 by MKL on a processor that is not Intel's.
+
+    There it takes its code for AVX2: on one with AVX-512 oneDNN is 2.2 times as fast.
+    """
+    vendors = {line.split(":")[-1].strip() for line in _cpuinfo("vendor_id")}
+    return (
+        bool(vendors - {"GenuineIntel"})
+        and torch.backends.mkl.is_available()
+        and torch.backends.mkldnn.is_available()
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    )
+
+
+@cache
+def multiplies_bfloat16() -> bool:
+    """Whether it does in vector registers (AVX-512 BF16), and has no AMX, which was not measured.
+
+    torch's fused attention takes as long there in bfloat16 as in float32.
+    """
+    try:
+        amx = torch.cpu._is_amx_tile_supported()
+        return bool(torch.cpu._is_avx512_bf16_supported()) and not amx
+    except AttributeError:  # another torch, or another kind of processor
+        return False
