@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import statistics
 import time
@@ -32,7 +33,7 @@ import numpy as np
 import torch
 from report import forget_peak, peak_gb, where
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 from fpt_model import FlowPokeTransformer, FlowPredictor, load_model
 from fpt_model.allocator import keep_freed_memory
@@ -40,10 +41,36 @@ from fpt_model.config import FPT_BASE
 from fpt_model.encoder import preprocess
 from fpt_model.geometry import grid
 from fpt_model.model import ImageFeatures, mixture_parameters
+from fpt_model.processor import mkl_is_slow
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 POKES = 4
 BASELINE_STEPS = 8  # of an autoregressive row's steps that the baseline runs, evenly spaced
+
+
+Shape = tuple[int, ...]
+
+
+# torch counts the operations that it knows.
+@register_flop_formula(torch.ops.fpt_model.linear)
+def _linear(x: Shape, weight: Shape, *_: object, **__: object) -> int:
+    return 2 * math.prod(x) * weight[0]
+
+
+@register_flop_formula(torch.ops.fpt_model.packed_linear)
+def _packed_linear(x: Shape, _handle: Shape, out_features: int, **__: object) -> int:
+    return 2 * math.prod(x) * out_features
+
+
+@register_flop_formula(
+    [
+        torch.ops.fpt_model.attend_in_parts,
+        torch.ops.fpt_model.attend_natively,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu,
+    ]
+)
+def _attention(q: Shape, k: Shape, v: Shape, *_: object, **__: object) -> int:
+    return 2 * math.prod(q[:3]) * k[2] * (k[3] + v[3])
 
 
 @dataclass
@@ -86,11 +113,12 @@ def synchronise(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def seconds(call: Callable[[], object], device: str, budget: float = 3.0) -> float:
-    """Median time of a call: after one to warm up, at least three, about ``budget`` seconds."""
+def seconds(call: Callable[[], object], device: str, budget: float) -> float:
+    """Median time of a call: after one to warm up, at least three, about ``budget`` seconds; of a
+    single one with a budget of 0."""
     call()
     times: list[float] = []
-    while len(times) < 3 or (sum(times) < budget and len(times) < 50):
+    while len(times) < (3 if budget else 1) or (sum(times) < budget and len(times) < 50):
         synchronise(device)
         start = time.perf_counter()
         call()
@@ -101,15 +129,18 @@ def seconds(call: Callable[[], object], device: str, budget: float = 3.0) -> flo
     return statistics.median(times)
 
 
-def ceilings(device: str, dtype: torch.dtype) -> tuple[float, float]:
+def ceilings(device: str, dtype: torch.dtype, budget: float) -> tuple[float, float]:
     """The best matmul rate in FLOP/s and the copy rate in bytes/s (read and written)."""
     rates = []
     for n in (1024, 2048, 4096):
         a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-        rates.append(2 * n**3 / seconds(lambda a=a, b=b: a @ b, device, 1.0))
+        product: Callable[[], object] = lambda a=a, b=b: a @ b  # noqa: E731
+        if dtype == torch.float32 and device == "cpu" and mkl_is_slow():
+            product = lambda a=a, b=b: torch.ops.fpt_model.linear(a, b, None)  # noqa: E731
+        rates.append(2 * n**3 / seconds(product, device, budget))
     source = torch.zeros(2**28, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return max(rates), 2 * source.numel() / seconds(lambda: target.copy_(source), device, 1.0)
+    return max(rates), 2 * source.numel() / seconds(lambda: target.copy_(source), device, budget)
 
 
 class Baseline:
@@ -226,17 +257,18 @@ def build(name: str) -> FlowPokeTransformer:
     return load_model(name)
 
 
-def measure(job: tuple[str, str, str, str, int, int]) -> tuple[list[Row], float]:
+def measure(job: tuple[str, str, str, str, int, int, bool]) -> tuple[list[Row], float]:
     """All rows of one model, device, precision and path, and the process's peak memory in GB."""
-    name, device, precision, path, ar_side, threads = job
+    name, device, precision, path, ar_side, threads, quick = job
     torch.set_num_threads(threads)
     if path != "returning":
         keep_freed_memory()
-    flops, copy = ceilings(device, PRECISIONS[precision])
+    flops, copy = ceilings(device, PRECISIONS[precision], 0 if quick else 1)
     rows = []
     calls = tasks(build(name), device, precision, path, ar_side)
     forget_peak()
-    timed = {task: seconds(call, device) * factor for task, (call, factor) in calls.items()}
+    budget = 0.0 if quick else 3.0
+    timed = {task: seconds(call, device, budget) * factor for task, (call, factor) in calls.items()}
     peak = peak_gb()
     if path == "compiled":  # what is compiled cannot be counted; the work is the same
         calls = tasks(build(name), device, precision, "engine", ar_side)
@@ -288,6 +320,7 @@ def main() -> None:
     parser.add_argument("--baseline", action="store_true", help="run the plain path beside it")
     parser.add_argument("--joint", type=int, default=32, help="side of the jointly drawn grid")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--quick", action="store_true", help="each once, to see that it runs")
     parser.add_argument("--out", type=Path, help="write the rows as JSON")
     args = parser.parse_args()
     asked = {"returning": args.returning, "compiled": args.compile, "baseline": args.baseline}
@@ -297,7 +330,7 @@ def main() -> None:
     for name in args.models:
         for precision in args.precision:
             for path in paths:
-                job = (name, args.device, precision, path, args.joint, args.threads)
+                job = (name, args.device, precision, path, args.joint, args.threads, args.quick)
                 # a process each, for its peak memory
                 with multiprocessing.get_context("spawn").Pool(1) as pool:
                     found, peak = pool.apply(measure, (job,))

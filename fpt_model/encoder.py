@@ -74,8 +74,8 @@ def preprocess(image: NDArray[np.uint8], config: FPTConfig) -> Tensor:
     region = np.ascontiguousarray(image[top : top + height, left : left + width])
     if not region.flags.writeable:  # torch warns of sharing such memory
         region = region.copy()
-    x = torch.from_numpy(region).permute(2, 0, 1)[None].float() / 127.5 - 1
-    return resize_square(x, config.image_size)
+    x = torch.from_numpy(region).permute(2, 0, 1)[None].float()
+    return resize_square(x, config.image_size) / 127.5 - 1  # the fewer pixels
 
 
 def resize_square(x: Tensor, side: int) -> Tensor:
