@@ -454,7 +454,7 @@ class TestPredictor:
         )
         assert_mixtures_close(batch[0], whole)
         assert np.abs(batch[1].means - whole.means).max() > 1e-4, "hypotheses are different"
-        monkeypatch.setattr("fpt_model.engine._PASS", 7 * model.config.width)
+        monkeypatch.setattr("fpt_model.engine._PASS", 7 * model.config.width**2)
         assert_mixtures_close(predictor.predict(scene, self.POS, self.FLOW, queries), whole)
 
     @pytest.mark.parametrize("precision", ["fp32", "bf16"])

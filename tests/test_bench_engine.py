@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: MIT
+"""benchmarks/bench_engine.py: it runs, and counts our own operations as torch counts its own."""
+
+import json
+import sys
+from pathlib import Path
+
+import bench_engine
+import pytest
+import torch
+import torch.nn.functional as F
+from compilers import needs_compiler
+from torch.utils.flop_counter import FlopCounterMode
+
+from fpt_model.packed import PackedLinear, can_pack
+
+OWN = torch.ops.fpt_model
+
+
+def operations(call: object) -> int:
+    with torch.inference_mode(), FlopCounterMode(display=False) as counted:
+        call()
+    return counted.get_total_flops()
+
+
+def test_products_are_counted() -> None:
+    x, weight = torch.randn(2, 300, 64), torch.randn(96, 64)
+    expected = 2 * 600 * 64 * 96
+    assert operations(lambda: F.linear(x, weight)) == expected
+    assert operations(lambda: OWN.linear(x, weight, None)) == expected
+
+
+@pytest.mark.skipif(not can_pack(), reason="no packed products of bfloat16 here")
+def test_packed_products_are_counted() -> None:
+    layer = PackedLinear(torch.nn.Linear(64, 96, dtype=torch.bfloat16))
+    x = torch.randn(2, 300, 64, dtype=torch.bfloat16)
+    assert operations(lambda: layer(x)) == 2 * 600 * 64 * 96
+
+
+@needs_compiler
+def test_attention_is_counted() -> None:
+    q, k, v = (torch.randn(1, 3, n, 64) for n in (40, 70, 70))
+    expected = 2 * 2 * 3 * 40 * 70 * 64
+    for attention in (OWN.attend_in_parts, OWN.attend_natively):
+        assert operations(lambda a=attention: a(q, k, v, 1.0)) == expected
+    assert operations(lambda: F.scaled_dot_product_attention(q, k, v)) == expected
+
+
+def test_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: object) -> None:
+    """One process, as small as it gets."""
+    out = tmp_path / "rows.json"
+    arguments = ["--precision", "fp32", "--joint", "2", "--quick", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["bench_engine.py", *arguments])
+    bench_engine.main()
+    report = json.loads(out.read_text())
+    rows = {row["task"]: row for row in report["rows"]}
+    assert len(rows) == 9
+    assert all(row["seconds"] > 0 and row["gflop"] > 0 for row in rows.values())
+    # every cell of a grid costs the same, whether it is large or small
+    ratio = rows["dense 128x128"]["gflop"] / rows["dense 64x64"]["gflop"]
+    assert ratio == pytest.approx(4, rel=0.01)
+    assert 0.1 < report["peak_gb"]["fpt-tiny fp32 engine"] < 4
