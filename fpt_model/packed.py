@@ -142,7 +142,8 @@ _library.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 
 
 @torch.library.impl(_library, "linear", "CPU")
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``x [..., in] weight [out, in]^T + bias [out]`` in float32 on the CPU, by oneDNN or MKL."""
     if x.numel() * len(weight) < _SMALL:
         return F.linear(x, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")

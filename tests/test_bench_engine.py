@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import bench_engine
+import bench_kernels
 import pytest
 import torch
 import torch.nn.functional as F
@@ -46,7 +47,7 @@ def test_attention_is_counted() -> None:
     assert operations(lambda: F.scaled_dot_product_attention(q, k, v)) == expected
 
 
-def test_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: object) -> None:
+def test_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One process, as small as it gets."""
     out = tmp_path / "rows.json"
     arguments = ["--precision", "fp32", "--joint", "2", "--quick", "--out", str(out)]
@@ -60,3 +61,18 @@ def test_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: object)
     ratio = rows["dense 128x128"]["gflop"] / rows["dense 64x64"]["gflop"]
     assert ratio == pytest.approx(4, rel=0.01)
     assert 0.1 < report["peak_gb"]["fpt-tiny fp32 engine"] < 4
+
+
+@needs_compiler
+def test_kernels_are_compared(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench_kernels.py", "--times", "1"])
+    bench_kernels.main()
+    rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if "|" in line]
+    names, attention = rows[4], rows[6:]
+    assert len(attention) == len(bench_kernels.ATTENTION)
+    for row in attention:
+        assert all(float(figure) > 0 for figure in row[1:])
+        errors = {n.strip(): float(x) for n, x in zip(names, row, strict=True) if "error" in n}
+        assert all(e < (0.03 if "bf16" in n else 1e-5) for n, e in errors.items())
