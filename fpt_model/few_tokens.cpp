@@ -136,12 +136,7 @@ inline void attend(const float* q, const T* k, const T* v, int64_t n, const floa
       own[end++] = sum(products);
     }
     for (; end < apart; ++end) own[end] = -std::numeric_limits<float>::infinity();
-    V row_most = load(own);
-    for (int64_t i = LANES; i < apart; i += LANES) {
-      const V x = load(own + i);
-      row_most = x > row_most ? x : row_most;
-    }
-    const float most = largest(row_most);
+    const float most = largest(own, apart);
     V weights{};
     for (int64_t i = 0; i < apart; i += LANES) {
       const V x = exp_of_negative(load(own + i) - most);

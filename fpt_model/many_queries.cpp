@@ -150,12 +150,7 @@ extern "C" void attend(const Shape* shape, const T* q, const T* k, const T* v, f
       for (int64_t r = 0; r < rows; ++r) {
         float* row = &logits[r * n];
         std::fill(row + s.keys, row + n, -std::numeric_limits<float>::infinity());
-        V most = load(row);
-        for (int64_t i = LANES; i < n; i += LANES) {
-          const V x = load(row + i);
-          most = x > most ? x : most;
-        }
-        const float top = largest(most);
+        const float top = largest(row, n);
         V sums{};
         for (int64_t i = 0; i < n; i += LANES) {
           const V x = exp_of_negative(load(row + i) - top);

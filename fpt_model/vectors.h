@@ -61,10 +61,16 @@ inline float sum(V v) {
   return (four[0] + four[1]) + (four[2] + four[3]);
 }
 
-inline float largest(V v) {
-  float most = v[0];
-  for (int i = 1; i < LANES; ++i) most = std::max(most, v[i]);
-  return most;
+// Of n floats, n a multiple of LANES.
+inline float largest(const float* x, int64_t n) {
+  V most = load(x);
+  for (int64_t i = LANES; i < n; i += LANES) {
+    const V other = load(x + i);
+    most = other > most ? other : most;
+  }
+  float found = most[0];
+  for (int i = 1; i < LANES; ++i) found = std::max(found, most[i]);
+  return found;
 }
 
 // exp of x <= 0, relative error below 2e-7: 2^n times a polynomial of the rest in [-1/2, 1/2] bits.
