@@ -2,8 +2,8 @@
 """Softmax attention without gradients on the CPU, where torch's fused kernel is not the fastest.
 
 That kernel multiplies float32 by MKL, which may be slow, and without AMX takes as long in bfloat16.
-So there is C++ of our own, many_queries.cpp, where there is a compiler; and in bfloat16 without one
-attention is written out, in parts that stay in the caches (benchmarks/engine.md).
+So there is C++ of our own, many_queries.cpp, for compiled engines; else attention in bfloat16 is
+written out, in parts that stay in the caches (benchmarks/engine.md).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fpt_model import native
 from fpt_model.processor import mkl_is_slow, multiplies_bfloat16
 
 _PART = 2**20  # logits at once
-_FEW = 32  # with fewer queries torch's kernel is called faster
+_FEW = 17  # fewer queries are few_tokens.cpp's, or torch's kernel is called faster
 
 _WRITTEN_OUT = multiplies_bfloat16()
 
@@ -72,7 +72,7 @@ def attend_in_parts(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 def attend_natively(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """The same by C++, where logits are float32. BuildError where it cannot be built."""
     batch, heads, queries, head_dim = q.shape
-    expected = batch, heads, k.shape[2], head_dim
+    expected = batch, heads, max(1, k.shape[2]), head_dim
     if k.shape != expected or v.shape != expected or not q.dtype == k.dtype == v.dtype:
         raise ValueError(
             f"expected keys and values {list(expected)} in {q.dtype}, received {list(k.shape)} in "
@@ -136,7 +136,10 @@ def native_attention(head_dim: int, dtype: torch.dtype) -> Attention | None:
     def attention(
         q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, scale: float | None = None
     ) -> Tensor:
-        if (q.shape[-1], q.dtype) != (head_dim, dtype) or not _is_ours(q, attn_mask):
+        alike = k.shape == v.shape == (*q.shape[:2], k.shape[2], head_dim)
+        if not (alike and q.shape[-1] == head_dim and q.dtype == k.dtype == v.dtype == dtype):
+            return scaled_dot_product_attention(q, k, v, attn_mask, scale)
+        if not _is_ours(q, attn_mask):
             return scaled_dot_product_attention(q, k, v, attn_mask, scale)
         out: Tensor = torch.ops.fpt_model.attend_natively(
             q, k, v, head_dim**-0.5 if scale is None else scale

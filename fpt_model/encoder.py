@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from types import ModuleType
 
 import numpy as np
@@ -229,7 +230,8 @@ class ImageEncoder(nn.Module):
             skips, others = maps[: self.fine][::-1], maps[self.fine :]
             out = [self.context(others), norm_channels(self.norm, skips[0])]
             return out if self.detail is None else [*out, self.detail(out[0], skips)]
-        with AttendBy(self.fused):
+        # gradients are left to torch's attention, and torch.compile without a mode to look into
+        with nullcontext() if torch.is_grad_enabled() else AttendBy(self.fused):
             tokens = self.backbone.forward_features(x)  # [B, prefix + h * w, C]
         tokens = tokens[:, self.backbone.num_prefix_tokens :]
         return [tokens.transpose(1, 2).unflatten(2, self.backbone.patch_embed.grid_size)]

@@ -80,8 +80,8 @@ class FlowPredictor:
         backend: "torch"; "onnxruntime", which runs exported graphs; "auto": that where ``graphs``
             are given, which on a CPU encodes faster in fp32, PyTorch otherwise.
         device: a torch device, e.g. "cpu" or "cuda"; of "onnxruntime" the GPU's number is taken.
-        precision: "fp32"; "bf16" with torch (several times faster on CPUs with AMX, half the
-            memory); "fp16" and "int8" with ONNX Runtime, when they were exported.
+        precision: "fp32"; "bf16" with torch (faster on CPUs with AMX or AVX-512 BF16, half
+            the memory); "fp16" and "int8" with ONNX Runtime, when they were exported.
         graphs: of "onnxruntime": the folder that ``fpt export`` wrote, of this model.
         providers: of "onnxruntime": what may run it, of "tensorrt", "cuda" and "cpu", the first
             preferred.
@@ -89,7 +89,8 @@ class FlowPredictor:
             than asked runs the model: PyTorch when ONNX Runtime or its graphs cannot be had,
             another provider when the first cannot. The logger "fpt_model" warns of it.
         compile: of "torch": fuse operations by torch.compile, and on the CPU run a few tokens
-            (one query, a step of joint sampling) by C++ of our own. Needs a C++ compiler. Building
+            (one query, a step of joint sampling), and where torch's is slow attention, by C++ of
+            our own. Needs a C++ compiler. Building
             ours takes seconds, the first time; shapes of a new nature (the first poke, the first
             batch) do so in each process.
         in_place: of "torch": convert ``model`` itself, which is of no use to others afterwards,

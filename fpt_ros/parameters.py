@@ -69,7 +69,7 @@ FPT_PARAMETERS: tuple[Spec, ...] = (
         "compile",
         False,
         "Of torch: compile the model, which needs a C++ compiler. One query and up to 8 joint "
-        "samples take half of the time, on a CPU with AMX dense outputs, too. Configuring takes "
+        "samples take half of the time or less, dense outputs two thirds. Configuring takes "
         "longer, most of all the first time.",
         fixed=True,
     ),

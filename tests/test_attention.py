@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+import platform
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,6 +27,7 @@ from fpt_model.attention import (
     scaled_dot_product_attention,
 )
 from fpt_model.model import Layer
+from fpt_model.native import compiler
 
 OWN = torch.ops.fpt_model
 
@@ -103,6 +105,24 @@ def test_in_cpp(rows: int, batch: int, keys: int, head_dim: int, dtype: torch.dt
         assert torch.equal(attend_natively(*map(change, (q, k, v)), scale), found)
 
 
+@pytest.mark.parametrize("without", ["avx512f", "avx512bf16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.skipif(
+    platform.machine() != "x86_64" or compiler() != "g++",
+    reason="asks g++ for less than x86-64 has",
+)
+@needs_compiler
+@torch.inference_mode()
+def test_in_cpp_of_lesser_processors(
+    dtype: torch.dtype, without: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", f"g++ -mno-{without}")
+    monkeypatch.setattr(native, "function", native.function.__wrapped__)
+    q, k, v = heads(37, 2, dtype)
+    tolerance = {torch.float32: 3e-6, torch.bfloat16: 0.015}[dtype]
+    assert_close(attend_natively(q, k, v, 1.0).double(), exact(q, k, v), tolerance)
+
+
 @needs_compiler
 @torch.inference_mode()
 def test_in_cpp_with_logits_far_apart() -> None:
@@ -134,6 +154,8 @@ def test_what_cpp_is_not_made_for() -> None:
     for bad in ((q, k[:, :2], v), (q, k, v[..., :32]), (q, k.float(), v)):
         with pytest.raises(ValueError, match=r"expected keys and values \[1, 3, 70, 64\] in"):
             attend_natively(*bad, 1.0)
+    with pytest.raises(ValueError, match=r"\[1, 3, 1, 64\].*received \[1, 3, 0, 64\]"):
+        attend_natively(q, k[:, :, :0], v[:, :, :0], 1.0)
     with pytest.raises(ValueError, match=r"multiple of 32 channels.*received 48 in"):
         attend_natively(*heads(40, head_dim=48), 1.0)
     with pytest.raises(ValueError, match=r"received 64 in torch\.float64"):
@@ -186,6 +208,7 @@ def test_cpp_where_it_is_faster(any_processor: None, monkeypatch: pytest.MonkeyP
     assert torch.equal(own(q, k, v), attend_natively(q, k, v, 0.125))
     others = [
         (q[:, :, :4], k, v),
+        (q, k, torch.cat([v, v], -1)),  # as in differential attention
         (q, k, v, torch.zeros(40, 70)),
         heads(40),
         heads(40, head_dim=96),

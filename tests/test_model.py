@@ -51,7 +51,6 @@ from fpt_model.packed import (
     PackedLinear,
     PackedQKV,
     can_pack,
-    mkl_is_slow,
     multiply_by_onednn,
     pack,
 )
@@ -454,7 +453,7 @@ class TestPredictor:
         )
         assert_mixtures_close(batch[0], whole)
         assert np.abs(batch[1].means - whole.means).max() > 1e-4, "hypotheses are different"
-        monkeypatch.setattr("fpt_model.engine._PASS", 7 * model.config.width**2)
+        monkeypatch.setattr("fpt_model.engine._PASS", 7 * model.config.width)
         assert_mixtures_close(predictor.predict(scene, self.POS, self.FLOW, queries), whole)
 
     @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -858,11 +857,15 @@ class TestOneDNN:
         weight = stack[0].weight.detach()
         torch.library.opcheck(torch.ops.fpt_model.linear.default, (x, weight, None))
 
-    def test_engines_multiply_so_where_it_is_faster(self, model: FlowPokeTransformer) -> None:
+    @pytest.mark.parametrize("slow", [False, True])
+    def test_engines_multiply_so_where_it_is_faster(
+        self, model: FlowPokeTransformer, slow: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("fpt_model.engine.mkl_is_slow", lambda: slow)
         for precision, layers in (("fp32", True), ("bf16", False)):  # whose head is in float32
             engine = FlowPredictor(model, precision=precision).engine
             kinds = [type(engine.model.layers[0].cross_q), type(engine.model.head[1])]
-            expected = [OneDNNLinear if mkl_is_slow() and own else nn.Linear for own in (layers, 1)]
+            expected = [OneDNNLinear if slow and own else nn.Linear for own in (layers, 1)]
             assert kinds == expected
 
 
