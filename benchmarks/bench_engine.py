@@ -26,6 +26,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +42,12 @@ from fpt_model.config import FPT_BASE
 from fpt_model.encoder import preprocess
 from fpt_model.geometry import grid
 from fpt_model.model import ImageFeatures, mixture_parameters
+from fpt_model.packed import multiply
 from fpt_model.processor import mkl_is_slow
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 POKES = 4
 BASELINE_STEPS = 8  # of an autoregressive row's steps that the baseline runs, evenly spaced
-
 
 Shape = tuple[int, ...]
 
@@ -131,13 +132,12 @@ def seconds(call: Callable[[], object], device: str, budget: float) -> float:
 
 def ceilings(device: str, dtype: torch.dtype, budget: float) -> tuple[float, float]:
     """The best matmul rate in FLOP/s and the copy rate in bytes/s (read and written)."""
+    by_onednn = dtype == torch.float32 and device == "cpu" and mkl_is_slow()
+    product = partial(multiply, bias=None) if by_onednn else torch.matmul
     rates = []
     for n in (1024, 2048, 4096):
         a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-        product: Callable[[], object] = lambda a=a, b=b: a @ b  # noqa: E731
-        if dtype == torch.float32 and device == "cpu" and mkl_is_slow():
-            product = lambda a=a, b=b: torch.ops.fpt_model.linear(a, b, None)  # noqa: E731
-        rates.append(2 * n**3 / seconds(product, device, budget))
+        rates.append(2 * n**3 / seconds(partial(product, a, b), device, budget))
     source = torch.zeros(2**28, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return max(rates), 2 * source.numel() / seconds(lambda: target.copy_(source), device, budget)

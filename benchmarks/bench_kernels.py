@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Products of matrices and attention by torch's code and by ours, alternating in one process.
 
-python benchmarks/bench_kernels.py
+    python benchmarks/bench_kernels.py
+
+Prints a table of rates and one of times with the largest errors, in Markdown.
 """
 
 from __future__ import annotations

@@ -42,8 +42,7 @@ Array = NDArray[np.float32]
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Queries in one pass times the model's width; bounds memory, does not change results. fpt-base runs
-# 1,024 at once, whose dense flow takes 2 % longer than with 2,048 and a tenth less memory, and
-# fpt-tiny all 4,096 of a dense flow (benchmarks/engine.md).
+# 1,024 at once, fpt-tiny all 4,096 of a dense flow (benchmarks/engine.md).
 _PASS = 1024 * 768
 
 
@@ -129,8 +128,8 @@ class TorchEngine:
         self._device = open_device(device)
         self.device, self._dtype = str(self._device), PRECISIONS[precision]
         self.model = prepare(model, self._device, self._dtype, in_place)
-        compile = compile and (self._device.type != "cpu" or _can_compile())
         on_cpu = self._device.type == "cpu"
+        compile = compile and (not on_cpu or _can_compile())
         few = try_few_tokens(self.model) if compile and on_cpu else None
         if precision == "bf16" and on_cpu and can_pack():
             pack(self.model, () if few is None else few.weights)
@@ -138,7 +137,7 @@ class TorchEngine:
             multiply_by_onednn(self.model)
         if few is not None:
             self.model.run_layers = few  # type: ignore[method-assign]
-            attend_natively(self.model, self._dtype)
+            use_native_attention(self.model, self._dtype)
         if compile:
             compile_layers(self.model)
 
@@ -308,7 +307,7 @@ def try_few_tokens(model: FlowPokeTransformer) -> FewTokens | None:
         return None
 
 
-def attend_natively(model: FlowPokeTransformer, dtype: torch.dtype) -> None:
+def use_native_attention(model: FlowPokeTransformer, dtype: torch.dtype) -> None:
     """Let a prepared model's layers attend by C++ of our own where that is faster."""
     try:
         attention = native_attention(model.config.head_dim, dtype)

@@ -90,9 +90,8 @@ class FlowPredictor:
             another provider when the first cannot. The logger "fpt_model" warns of it.
         compile: of "torch": fuse operations by torch.compile, and on the CPU run a few tokens
             (one query, a step of joint sampling), and where torch's is slow attention, by C++ of
-            our own. Needs a C++ compiler. Building
-            ours takes seconds, the first time; shapes of a new nature (the first poke, the first
-            batch) do so in each process.
+            our own. Needs a C++ compiler. Building ours takes seconds, the first time; shapes of a
+            new nature (the first poke, the first batch) do so in each process.
         in_place: of "torch": convert ``model`` itself, which is of no use to others afterwards,
             and so never hold two of it.
 

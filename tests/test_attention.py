@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import logging
 import platform
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -30,14 +29,7 @@ from fpt_model.model import Layer
 from fpt_model.native import compiler
 
 OWN = torch.ops.fpt_model
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Not the user's, and once for all tests: each build takes seconds."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield
+pytestmark = pytest.mark.usefixtures("build_cache")
 
 
 def heads(
@@ -285,7 +277,7 @@ def test_without_a_compiler_torch_attends(
     monkeypatch.setattr(native, "function", native.function.__wrapped__)
     prepared = engine.prepare(model("vit_tiny_patch16_224"), torch.device("cpu"), torch.float32)
     with caplog.at_level(logging.WARNING):
-        engine.attend_natively(prepared, torch.float32)
+        engine.use_native_attention(prepared, torch.float32)
     assert "torch's attention is used, not our own: [Errno 2] No such file" in caplog.text
     assert all(layer.fused is Layer.fused for layer in prepared.layers)
 

@@ -3,6 +3,7 @@
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import bench_engine
@@ -16,9 +17,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from fpt_model.packed import PackedLinear, can_pack
 
 OWN = torch.ops.fpt_model
+pytestmark = pytest.mark.usefixtures("build_cache")
 
 
-def operations(call: object) -> int:
+def operations(call: Callable[[], object]) -> int:
     with torch.inference_mode(), FlopCounterMode(display=False) as counted:
         call()
     return counted.get_total_flops()

@@ -20,14 +20,7 @@ from fpt_model.encoder import preprocess
 from fpt_model.engine import PRECISIONS, TorchEngine, prepare, try_few_tokens
 from fpt_model.few_tokens import FewTokens
 
-
-@pytest.fixture(scope="module", autouse=True)
-def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Not the user's, and once for all tests: each build takes seconds."""
-    with pytest.MonkeyPatch.context() as patch:
-        folder = tmp_path_factory.mktemp("cache")
-        patch.setenv("XDG_CACHE_HOME", str(folder))
-        yield folder
+pytestmark = pytest.mark.usefixtures("build_cache")
 
 
 @pytest.fixture(params=[1, 2, 5])
@@ -180,14 +173,14 @@ def test_the_compiled_engine_uses_it(
 @needs_compiler
 def test_a_damaged_build_is_made_anew(
     model: FlowPokeTransformer,
-    cache_folder: Path,
+    build_cache: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """As when the power went away."""
     prepared = prepare(model, torch.device("cpu"), torch.float32)
     FewTokens(prepared)
-    damaged = [tmp_path / built.relative_to(cache_folder) for built in cache_folder.rglob("*.so")]
+    damaged = [tmp_path / built.relative_to(build_cache) for built in build_cache.rglob("*.so")]
     damaged[0].parent.mkdir()
     for library in damaged:
         library.write_bytes(b"")
