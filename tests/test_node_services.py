@@ -704,7 +704,7 @@ def test_markers_have_stable_ids_and_what_is_gone_is_deleted(compressed: User) -
 
 
 def test_a_stage_that_is_stuck_is_reported_while_it_is(model: Path) -> None:
-    with running_node(model, stuck_after_s=0.1, dense_height=200, dense_width=200) as user:
+    with running_node(model, stuck_after_s=0.1, dense_height=1024, dense_width=1024) as user:
         client = user.client
         client.subscribe(Image, "/fpt/flow")
         client.advertise(Image, "/image", SENSOR_QOS)
