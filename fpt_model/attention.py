@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from fpt_model import native
-from fpt_model.processor import mkl_is_slow, multiplies_bfloat16
+from fpt_model.processor import multiplies_bfloat16, multiplies_faster
 
 _PART = 2**20  # logits at once
 _FEW = 17  # fewer queries are few_tokens.cpp's, or torch's kernel is called faster
@@ -95,7 +95,7 @@ def _function(head_dim: int, dtype: torch.dtype) -> Any:
             "expected heads of a multiple of 32 channels in "
             f"{[str(t) for t in native.TYPES]}, received {head_dim} in {dtype}"
         )
-    function = native.function("many_queries", "attend", head_dim, dtype)
+    function = native.function("many_queries", "attend", head_dim, dtype, 6)
     function.argtypes = [*[ctypes.c_void_p] * 4, ctypes.c_float, ctypes.c_void_p]
     return function
 
@@ -128,8 +128,7 @@ def scaled_dot_product_attention(
 def native_attention(head_dim: int, dtype: torch.dtype) -> Attention | None:
     """The same by C++ for heads of so many channels and this type; None where it would gain
     nothing. BuildError where it cannot be built, ValueError for what it is not made for."""
-    faster = {torch.float32: mkl_is_slow(), torch.bfloat16: multiplies_bfloat16()}
-    if not faster.get(dtype):
+    if not multiplies_faster(dtype):
         return None
     _function(head_dim, dtype)
 

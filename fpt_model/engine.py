@@ -24,7 +24,6 @@ from torch import Tensor, nn
 
 from fpt_model.attention import native_attention
 from fpt_model.encoder import ContextBlock, ImageEncoder
-from fpt_model.few_tokens import FewTokens
 from fpt_model.model import (
     AdaRMSNorm,
     FlowPokeTransformer,
@@ -33,8 +32,9 @@ from fpt_model.model import (
     PokeContext,
 )
 from fpt_model.native import BuildError, compiler
+from fpt_model.native_layers import FewTokens, QueryLayers
 from fpt_model.packed import can_pack, multiply_by_onednn, pack
-from fpt_model.processor import mkl_is_slow
+from fpt_model.processor import mkl_is_slow, multiplies_faster
 
 _log = logging.getLogger("fpt_model")
 
@@ -137,6 +137,7 @@ class TorchEngine:
             multiply_by_onednn(self.model)
         if few is not None:
             self.model.run_layers = few  # type: ignore[method-assign]
+            use_query_layers(self.model, self._dtype)
             use_native_attention(self.model, self._dtype)
         if compile:
             compile_layers(self.model)
@@ -305,6 +306,16 @@ def try_few_tokens(model: FlowPokeTransformer) -> FewTokens | None:
     except (BuildError, ValueError) as error:
         _log.warning("few tokens are run by torch.compile's code, not by our own: %s", error)
         return None
+
+
+def use_query_layers(model: FlowPokeTransformer, dtype: torch.dtype) -> None:
+    """Let a prepared model run many queries by C++ of our own where that is faster."""
+    if not (QueryLayers.suits(model) and multiplies_faster(dtype)):
+        return
+    try:
+        model.run_layers = QueryLayers(model)  # type: ignore[method-assign]
+    except (BuildError, ValueError) as error:
+        _log.warning("many queries are run by torch.compile's code, not by our own: %s", error)
 
 
 def use_native_attention(model: FlowPokeTransformer, dtype: torch.dtype) -> None:

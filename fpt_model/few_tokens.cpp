@@ -10,12 +10,11 @@
 // H (HEAD_DIM), N image tokens. Arrays are contiguous; weights, keys and values have the type T
 // (WEIGHT, float or bfloat16), all else is float.
 
-#include "vectors.h"
+#include "attention.h"
 
 namespace {
 
 constexpr int64_t AHEAD = 4096 / sizeof(T);
-constexpr float EPS = 1e-6f;  // of all norms
 
 struct Layer {
   const float *self_norm, *cross_norm, *ffn_norm;  // [2, W]
@@ -93,86 +92,6 @@ inline void product(const T* w, const float* x, int64_t k, int64_t begin, int64_
   while (o < end) some(std::integral_constant<int, 1>{});
 }
 
-// Queries or keys x [E] get the length sqrt(|scale|) and are turned; see layers.rotated_cosine.
-inline void rotate(float* x, float scale, const float* cos, const float* sin, int64_t e) {
-  float squares = 0;
-  for (int64_t i = 0; i < e; ++i) squares += x[i] * x[i];
-  const float factor = std::sqrt(std::fabs(scale) + EPS) / std::sqrt(squares + EPS);
-  for (int64_t i = 0; i < e / 2; ++i) {
-    const float a = x[i], b = x[i + e / 2];
-    x[i] = (a * cos[i] - b * sin[i]) * factor;
-    x[i + e / 2] = (b * cos[i] + a * sin[i]) * factor;
-  }
-}
-
-// q [R, E] (apart by stride) to n keys and values [n, E], and, where own is given, to the row's own
-// key and value. logits: room for R (n + LANES). Writes out [R, E], apart by stride.
-template <int R>
-inline void attend(const float* q, const T* k, const T* v, int64_t n, const float* own_k,
-                   const float* own_v, int64_t stride, float* logits, float* out) {
-  constexpr int PARTS = E / LANES;
-  const int64_t apart = (n + LANES) / LANES * LANES;  // of two rows' logits
-  V query[R][PARTS];
-  for (int r = 0; r < R; ++r)
-    for (int p = 0; p < PARTS; ++p) query[r][p] = load(q + r * stride + p * LANES);
-  for (int64_t i = 0; i < n; ++i) {
-    V key[PARTS];
-    for (int p = 0; p < PARTS; ++p) key[p] = load(k + i * E + p * LANES);
-    for (int r = 0; r < R; ++r) {
-      V products = query[r][0] * key[0];
-      for (int p = 1; p < PARTS; ++p) products += query[r][p] * key[p];
-      logits[r * apart + i] = sum(products);
-    }
-  }
-  float total[R];
-  V sums[R][PARTS] = {};
-  for (int r = 0; r < R; ++r) {
-    float* own = logits + r * apart;
-    int64_t end = n;
-    if (own_k) {
-      V products{};
-      for (int p = 0; p < PARTS; ++p)
-        products += query[r][p] * load(own_k + r * stride + p * LANES);
-      own[end++] = sum(products);
-    }
-    for (; end < apart; ++end) own[end] = -std::numeric_limits<float>::infinity();
-    const float most = largest(own, apart);
-    V weights{};
-    for (int64_t i = 0; i < apart; i += LANES) {
-      const V x = exp_of_negative(load(own + i) - most);
-      weights += x;
-      store(own + i, x);
-    }
-    total[r] = sum(weights);
-    if (own_k)
-      for (int p = 0; p < PARTS; ++p) sums[r][p] += own[n] * load(own_v + r * stride + p * LANES);
-  }
-  for (int64_t i = 0; i < n; ++i) {
-    V value[PARTS];
-    for (int p = 0; p < PARTS; ++p) value[p] = load(v + i * E + p * LANES);
-    for (int r = 0; r < R; ++r)
-      for (int p = 0; p < PARTS; ++p) sums[r][p] += logits[r * apart + i] * value[p];
-  }
-  for (int r = 0; r < R; ++r)
-    for (int p = 0; p < PARTS; ++p) store(out + r * stride + p * LANES, sums[r][p] / total[r]);
-}
-
-// The same for any number of rows; four at a time share the reading of keys and values.
-inline void attend(int64_t rows, const float* q, const T* k, const T* v, int64_t n,
-                   const float* own_k, const float* own_v, int64_t stride, float* logits,
-                   float* out) {
-  auto some = [&](auto count, int64_t r) {
-    constexpr int R = decltype(count)::value;
-    const int64_t at = r * stride;
-    attend<R>(q + at, k, v, n, own_k ? own_k + at : nullptr, own_v ? own_v + at : nullptr, stride,
-              logits, out + at);
-  };
-  int64_t r = 0;
-  for (; r + 4 <= rows; r += 4) some(std::integral_constant<int, 4>{}, r);
-  for (; r + 2 <= rows; r += 2) some(std::integral_constant<int, 2>{}, r);
-  for (; r < rows; ++r) some(std::integral_constant<int, 1>{}, r);
-}
-
 // R is the number of rows, or more: those beyond are zeros.
 template <int R>
 void run(const Shape& s, const Layer* layers, const float* cos, const float* sin,
@@ -235,8 +154,8 @@ void run(const Shape& s, const Layer* layers, const float* cos, const float* sin
         T* poke_v = layer.poke_v + job * s.room * E;
         for (int64_t t = 0; t < s.tokens; ++t) {
           const int64_t at = t * 3 * w, angle = ((b * s.heads + h) * s.tokens + t) * (E / 2);
-          rotate(q + at, layer.self_scale[h], cos + angle, sin + angle, E);
-          rotate(k + at, layer.self_scale[h], cos + angle, sin + angle, E);
+          rotate(q + at, layer.self_scale[h], cos + angle, sin + angle, q + at);
+          rotate(k + at, layer.self_scale[h], cos + angle, sin + angle, k + at);
           if (t < s.pokes)
             for (int64_t i = 0; i < E; ++i) {
               put(poke_k + (s.known + t) * E + i, k[at + i]);
@@ -271,7 +190,7 @@ void run(const Shape& s, const Layer* layers, const float* cos, const float* sin
                    [&](int64_t r, int64_t o, float y) { attended[r * w + o] = y; });
         for (int64_t r = 0; r < rows; ++r) {
           const int64_t angle = ((r / s.tokens * s.heads + h) * s.tokens + r % s.tokens) * (E / 2);
-          rotate(q + r * w, layer.cross_scale[h], cos + angle, sin + angle, E);
+          rotate(q + r * w, layer.cross_scale[h], cos + angle, sin + angle, q + r * w);
         }
         const int64_t image = h * s.image_tokens * E;
         attend(rows, q, layer.memory_k + image, layer.memory_v + image, s.image_tokens, nullptr,

@@ -22,7 +22,6 @@ import torch
 from fpt_model import processor
 
 _FOLDER = Path(__file__).parent
-_HEADER = _FOLDER / "vectors.h"
 TYPES = {torch.float32: "float", torch.bfloat16: "bfloat16"}
 # strict as to the order of sums and to infinities, not as to errno and traps
 _FLAGS = "-std=c++17 -O3 -march=native -fno-math-errno -fno-trapping-math -ffp-contract=fast"
@@ -47,9 +46,12 @@ _building = threading.Lock()
 
 
 @cache
-def function(name: str, symbol: str, head_dim: int, dtype: torch.dtype, *defines: str) -> Any:
+def function(
+    name: str, symbol: str, head_dim: int, dtype: torch.dtype, pointers: int, *defines: str
+) -> Any:
     """``symbol`` of ``name``.cpp for heads of so many channels and arrays of ``dtype``, without a
-    return value; the caller declares its arguments. BuildError."""
+    return value, of so many arguments, all pointers unless the caller declares others. BuildError.
+    """
     # the OpenMP that torch has loaded: threads of a second one would compete with its threads
     package = Path(torch.__file__).parent  # wheels of x86-64 and of Arm
     places = (package / "lib", package.with_name("torch.libs"))
@@ -58,11 +60,14 @@ def function(name: str, symbol: str, head_dim: int, dtype: torch.dtype, *defines
     source = _FOLDER / f"{name}.cpp"
     flags = [f"-DHEAD_DIM={head_dim}", f"-DWEIGHT={TYPES[dtype]}", *defines]
     try:
-        what = [source.read_text(), _HEADER.read_text(), _FLAGS, compiler(), *openmp, *flags]
+        headers = [header.read_text() for header in sorted(_FOLDER.glob("*.h"))]
+        what = [source.read_text(), *headers, _FLAGS, compiler(), *openmp, *flags]
         what.append(processor.description())
         digest = hashlib.sha256("\0".join(what).encode()).hexdigest()[:16]
         with _building:
-            return _kept(source, symbol, f"{name}-{digest}.so", flags, openmp)
+            found = _kept(source, symbol, f"{name}-{digest}.so", flags, openmp)
+        found.argtypes = [ctypes.c_void_p] * pointers
+        return found
     except (OSError, RuntimeError) as error:  # RuntimeError: nobody knows the user's home
         raise BuildError(str(error)) from error
 

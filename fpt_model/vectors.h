@@ -2,6 +2,8 @@
 // Vectors of floats and of bfloat16, for the C++ that is built on the user's machine by
 // fpt_model/native.py: for heads of HEAD_DIM channels, and arrays of WEIGHT, float or bfloat16.
 
+#pragma once
+
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -88,6 +90,18 @@ inline V exp_of_negative(V x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
+  return p * reinterpret_cast<V>((n + 127) << 23);
+}
+
+// The same with a relative error below 8e-5, a 25th of bfloat16's rounding.
+inline V exp_of_negative_roughly(V x) {
+  const V low = V{} - 87.0f;
+  const V y = (x > low ? x : low) * 1.44269504f;
+  const Ints n = __builtin_convertvector(y - 0.5f, Ints);
+  const V r = y - __builtin_convertvector(n, V);
+  V p = r * 0.0551716694f + 0.242611131f;
+  p = p * r + 0.693260986f;
+  p = p * r + 0.999928073f;
   return p * reinterpret_cast<V>((n + 127) << 23);
 }
 

@@ -166,8 +166,7 @@ def test_torch_compile_is_told_the_truth(name: str) -> None:
 def any_processor(monkeypatch: pytest.MonkeyPatch) -> None:
     """One on which ours is chosen."""
     monkeypatch.setattr(attention, "_WRITTEN_OUT", True)
-    monkeypatch.setattr(attention, "mkl_is_slow", lambda: True)
-    monkeypatch.setattr(attention, "multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr(attention, "multiplies_faster", lambda dtype: True)
 
 
 @pytest.mark.parametrize("written_out", [False, True])
@@ -207,8 +206,7 @@ def test_cpp_where_it_is_faster(any_processor: None, monkeypatch: pytest.MonkeyP
     ]
     for arguments in others:
         assert torch.equal(own(*arguments), scaled_dot_product_attention(*arguments))
-    for name in ("mkl_is_slow", "multiplies_bfloat16"):
-        monkeypatch.setattr(attention, name, lambda: False)
+    monkeypatch.setattr(attention, "multiplies_faster", lambda dtype: False)
     assert native_attention(64, torch.float32) is None
     assert native_attention(64, torch.bfloat16) is None
 
@@ -252,6 +250,7 @@ def test_compiled_engines_attend_by_it(
         return torch.compiler.disable(counted)
 
     monkeypatch.setattr(engine, "native_attention", watched)
+    monkeypatch.setattr(engine, "multiplies_faster", lambda dtype: False)  # as of large models
     image = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
     poke, queries = ([[0.4, 0.5]], [[0.1, 0.0]]), np.random.default_rng(1).random((100, 2))
     fast = FlowPredictor(model(encoder), precision=precision, compile=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""fpt_model.few_tokens: C++ that runs the layers for a few tokens as PyTorch does."""
+"""fpt_model.native_layers.FewTokens: C++ that runs the layers for a few tokens as PyTorch does."""
 
 import copy
 from collections.abc import Iterator
@@ -14,11 +14,11 @@ from closeness import assert_close
 from compilers import needs_compiler
 from random_weights import randomised
 
-from fpt_model import FlowPokeTransformer, FlowPredictor, FPTConfig, few_tokens, native
+from fpt_model import FlowPokeTransformer, FlowPredictor, FPTConfig, native, native_layers
 from fpt_model.backends import Precision
 from fpt_model.encoder import preprocess
 from fpt_model.engine import PRECISIONS, TorchEngine, prepare, try_few_tokens
-from fpt_model.few_tokens import FewTokens
+from fpt_model.native_layers import FewTokens
 
 pytestmark = pytest.mark.usefixtures("build_cache")
 
@@ -210,7 +210,7 @@ def test_without_a_compiler_few_tokens_run_slowly(
 ) -> None:
     prepared = prepare(model, torch.device("cpu"), torch.float32)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(few_tokens, "function", native.function.__wrapped__)
+    monkeypatch.setattr(native_layers, "function", native.function.__wrapped__)
     for compiler, reason in (("no-compiler", "No such file"), ("false", "false failed with 1")):
         monkeypatch.setenv("CXX", compiler)
         caplog.clear()

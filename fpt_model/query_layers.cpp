@@ -1,0 +1,183 @@
+// SPDX-License-Identifier: MIT
+// All layers of a prepared FlowPokeTransformer for many queries, in one call.
+//
+// Queries do not see each other, so a tile of them goes through all layers by itself: what lies
+// between the products stays in its thread's second cache, and the weights of a small model in the
+// third. Built on the user's machine by fpt_model/native.py; the layers themselves are explained
+// in fpt_model/model.py.
+//
+// B rows of t tokens each, of which the first P are new pokes, not run here, and the others queries,
+// which see `seen` pokes; W width, H heads, E = W / H (HEAD_DIM), N image tokens. Arrays are
+// contiguous; weights, keys and values have the type T (WEIGHT, float or bfloat16), packed ones C,
+// all else is float.
+
+#include "attention.h"
+
+namespace {
+
+constexpr int64_t TILE = 8 * ROWS;
+static_assert(COLUMNS == 2);  // a panel of ffn_up is of values and gates
+
+struct Layer {
+  const float *self_norm, *cross_norm, *ffn_norm;  // [2, W]
+  const float *self_scale, *cross_scale;           // [H]
+  // packed: [W, 3 W], [W, W], [W, W], [W, W], [hidden, W]; self_alone is the product of the values'
+  // and the output's matrix, and value and gate take turns in ffn_up [W, 2 hidden], LANES each
+  const C *self_qkv, *self_out, *self_alone, *cross_q, *ffn_down, *ffn_up;
+  const T *memory_k, *memory_v;  // [H, N, E]
+  const T *poke_k, *poke_v;      // [B, H, room, E]
+};
+
+struct Shape {
+  int64_t layers, batch, tokens, pokes, seen, room, heads, image_tokens, hidden, threads;
+};
+
+inline V silu(V x) {
+  const V e = exp_of_negative(x < 0 ? x : -x);
+  return x * (x < 0 ? e : V{} + 1) / (1 + e);
+}
+
+// One thread's: x [rows, W] of a tile, and what becomes of it.
+struct Tile {
+  const Shape& s;
+  int64_t w, rows = 0, batch = 0, token = 0;  // rows, from the token of the row of the batch
+  std::vector<float> qkv, logits;
+  std::vector<C> normed, attended, gated;
+  Room room;
+
+  explicit Tile(const Shape& shape)
+      : s(shape), w(s.heads * E), qkv(TILE * 3 * w), logits(4 * (s.seen + 2 * LANES)),
+        normed(TILE * w), attended(TILE * w), gated(TILE * s.hidden), room(s.image_tokens) {}
+
+  // of blocks of ROWS; what is beyond the rows is computed and thrown away
+  int64_t whole() const { return round_up(rows, ROWS); }
+
+  void norm(const float* x, const float* scales, bool camera_static) {
+    const float* scale = scales + camera_static * w;
+    for (int64_t r = 0; r < rows; ++r, x += w) {
+      V squares{};
+      for (int64_t i = 0; i < w; i += LANES) squares += load(x + i) * load(x + i);
+      const float factor = 1 / std::sqrt(sum(squares) / w + EPS);
+      for (int64_t i = 0; i < w; i += LANES)
+        put(&normed[r * w + i], load(x + i) * factor * load(scale + i));
+    }
+  }
+
+  // x + a times a packed matrix [k, W]
+  void add(float* x, const std::vector<C>& a, const C* matrix, int64_t k) {
+    multiply(a.data(), whole(), k, matrix, k, w, [&](int64_t r, int64_t j, const V* v) {
+      float* to = x + r * w + j;
+      for (int c = 0; c < COLUMNS && r < rows; ++c) store(to + c * LANES, load(to + c * LANES) + v[c]);
+    });
+  }
+
+  void self(const Layer& layer, float* x, const float* cos, const float* sin) {
+    if (!s.seen) {  // each query has only itself to attend to
+      add(x, normed, layer.self_alone, w);
+      return;
+    }
+    multiply(normed.data(), whole(), w, layer.self_qkv, w, 3 * w,
+             [&](int64_t r, int64_t j, const V* v) {
+               for (int c = 0; c < COLUMNS; ++c) store(&qkv[r * 3 * w + j + c * LANES], v[c]);
+             });
+    for (int64_t h = 0; h < s.heads; ++h) {
+      float* q = qkv.data() + h * E;
+      for (int64_t r = 0; r < rows; ++r)
+        for (float* x : {q + r * 3 * w, q + r * 3 * w + w}) {
+          const int64_t at = ((batch * s.heads + h) * s.tokens + token + r) * (E / 2);
+          rotate(x, layer.self_scale[h], cos + at, sin + at, x);
+        }
+      const int64_t map = (batch * s.heads + h) * s.room * E;
+      attend(rows, q, layer.poke_k + map, layer.poke_v + map, s.seen, q + w, q + 2 * w, 3 * w,
+             logits.data(), q);  // in place of the queries: each is read before its result is there
+    }
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t i = 0; i < w; i += LANES) put(&attended[r * w + i], load(&qkv[r * 3 * w + i]));
+    add(x, attended, layer.self_out, w);
+  }
+
+  void cross(const Layer& layer, float* x, const float* cos, const float* sin, const C* keys,
+             const C* values) {
+    multiply(normed.data(), whole(), w, layer.cross_q, w, w,
+             [&](int64_t r, int64_t j, const V* v) {
+               for (int c = 0; c < COLUMNS; ++c) store(&qkv[r * w + j + c * LANES], v[c]);
+             });
+    const int64_t packed = round_up(s.image_tokens, WIDE) * E;
+    for (int64_t h = 0; h < s.heads; ++h) {
+      for (int64_t r = 0; r < rows; ++r) {
+        const int64_t at = ((batch * s.heads + h) * s.tokens + token + r) * (E / 2);
+        rotate(&qkv[r * w + h * E], layer.cross_scale[h], cos + at, sin + at,
+               &attended[r * w + h * E]);
+      }
+      for (int64_t first = 0; first < rows; first += ROWS)
+        attend_packed(&attended[first * w + h * E], w, keys + h * packed, values + h * packed,
+                      s.image_tokens, 1.0f, room, [&](int64_t r, int64_t j, const V* v) {
+                        float* to = x + (first + r) * w + h * E + j;
+                        for (int c = 0; c < COLUMNS && first + r < rows; ++c)
+                          store(to + c * LANES, load(to + c * LANES) + v[c]);
+                      });
+    }
+  }
+
+  void feed_forward(const Layer& layer, float* x) {
+    multiply(normed.data(), whole(), w, layer.ffn_up, w, 2 * s.hidden,
+             [&](int64_t r, int64_t j, const V* v) {
+               put(&gated[r * s.hidden + j / 2], v[0] * silu(v[1]));
+             });
+    add(x, gated, layer.ffn_down, s.hidden);
+  }
+};
+
+}  // namespace
+
+// How many rows and columns a panel pairs, for who packs the matrices: [PAIR, WIDE].
+extern "C" void packing(int64_t* pair_and_wide) {
+  pair_and_wide[0] = PAIR;
+  pair_and_wide[1] = WIDE;
+}
+
+// The queries of x [B, t, W] are changed in place. cos, sin [B, H, t, E / 2]; camera_static [B].
+extern "C" void run_layers(const Shape* shape, const Layer* layers, const float* cos,
+                           const float* sin, const int64_t* camera_static, float* x) {
+  const Shape& s = *shape;
+  const int64_t w = s.heads * E, queries = s.tokens - s.pokes;
+  const int64_t wide = round_up(s.image_tokens, WIDE), maps = s.layers * s.heads;
+  // as large as may be, and as many for each thread
+  const int64_t share = (s.batch * queries + s.threads - 1) / s.threads;
+  const int64_t tile = std::min(TILE, round_up(share, ROWS));
+  const int64_t tiles = (queries + tile - 1) / tile;
+  std::unique_ptr<C[]> keys(new C[maps * E * wide]), values(new C[maps * wide * E]);
+
+#pragma omp parallel num_threads(s.threads)
+  {
+#pragma omp for schedule(static)
+    for (int64_t map = 0; map < maps; ++map) {
+      const Layer& layer = layers[map / s.heads];
+      const int64_t at = map % s.heads * s.image_tokens * E;
+      for (int64_t first = 0; first < wide; first += WIDE)
+        pack_columns(layer.memory_k + at + first * E, E, std::min(WIDE, s.image_tokens - first), E,
+                     keys.get() + (map * wide + first) * E);
+      pack_rows(layer.memory_v + at, E, s.image_tokens, wide, E, values.get() + map * wide * E);
+    }
+
+    Tile own(s);
+#pragma omp for schedule(dynamic)
+    for (int64_t job = 0; job < s.batch * tiles; ++job) {
+      own.batch = job / tiles;
+      own.token = s.pokes + job % tiles * tile;
+      own.rows = std::min(tile, s.tokens - own.token);
+      float* rows = x + (own.batch * s.tokens + own.token) * w;
+      const bool flag = camera_static[own.batch];
+      for (int64_t l = 0; l < s.layers; ++l) {
+        const Layer& layer = layers[l];
+        const int64_t map = l * s.heads * E * wide;
+        own.norm(rows, layer.self_norm, flag);
+        own.self(layer, rows, cos, sin);
+        own.norm(rows, layer.cross_norm, flag);
+        own.cross(layer, rows, cos, sin, keys.get() + map, values.get() + map);
+        own.norm(rows, layer.ffn_norm, flag);
+        own.feed_forward(layer, rows);
+      }
+    }
+  }
+}

@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: MIT
+"""fpt_model.native_layers.QueryLayers: C++ that runs many queries as PyTorch does."""
+
+import copy
+import ctypes
+import logging
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from closeness import assert_close
+from compilers import needs_compiler
+from random_weights import randomised
+from torch import Tensor
+
+from fpt_model import FlowPokeTransformer, FlowPredictor, FPTConfig, engine, native, native_layers
+from fpt_model.encoder import preprocess
+from fpt_model.engine import PRECISIONS, TorchEngine, prepare, use_query_layers
+from fpt_model.native_layers import QueryLayers
+from fpt_model.processor import _cpuinfo
+
+_FLAGS = "".join(_cpuinfo("flags"))
+pytestmark = [
+    pytest.mark.usefixtures("build_cache"),
+    needs_compiler,
+    pytest.mark.skipif("avx512f" not in _FLAGS, reason="needs AVX-512"),
+]
+PRECISION = pytest.mark.parametrize(
+    "precision",
+    [
+        "fp32",
+        pytest.param(
+            "bf16",
+            marks=pytest.mark.skipif("avx512_bf16" not in _FLAGS, reason="needs AVX-512 BF16"),
+        ),
+    ],
+)
+TOLERANCE = {"fp32": 1e-5, "bf16": 0.03}
+
+
+@pytest.fixture(params=[1, 2, 5])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def small(head_dim: int) -> FlowPokeTransformer:
+    config = FPTConfig(
+        name="small",
+        encoder="vit_tiny_patch16_224",
+        encoder_kwargs={"patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2},
+        image_size=56,  # 49 image tokens: not whole panels
+        width=192,
+        depth=3,
+        head_dim=head_dim,
+        fit="stretch",
+    )
+    return randomised(FlowPokeTransformer(config))
+
+
+@pytest.fixture(scope="module", params=[32, 64, 96])
+def model(request: pytest.FixtureRequest) -> FlowPokeTransformer:
+    return small(request.param)
+
+
+def counting(layers: QueryLayers) -> list[list[int]]:
+    """The shape of each call into C++ from now on."""
+    calls: list[list[int]] = []
+
+    def function(shape: int, *arguments: int, own: Any = layers._function) -> None:
+        calls.append(list((ctypes.c_int64 * 10).from_address(shape)))
+        own(shape, *arguments)
+
+    layers._function = function
+    return calls
+
+
+@PRECISION
+def test_many_queries_are_run_alike(
+    model: FlowPokeTransformer, precision: str, threads: int
+) -> None:
+    """Pokes, queries, hypotheses; a context that grows, with room and without."""
+    plain = TorchEngine(model, "cpu", precision)
+    many = copy.copy(plain)
+    many.model = prepare(model, torch.device("cpu"), PRECISIONS[precision])
+    runs = many.model.run_layers = QueryLayers(many.model)
+    calls = counting(runs)
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (48, 64, 3), dtype=np.uint8)
+    features = plain.encode(preprocess(image, model.config).numpy())
+    used = []
+    for rows, first, later in (
+        (1, (0, 17), (0, 100)),
+        (1, (1, 250), (2, 30)),  # tiles, the last not full, and blocks that are not
+        (1, (40, 96), (1, 40)),
+        (3, (2, 40), (3, 17)),
+        (5, (0, 7), (1, 101)),
+        (1, (1, 16), (20, 0)),  # few, none
+    ):
+        contexts: list[Any] = [None, None]
+        for static, (pokes, queries) in ((True, first), (False, later), (True, later)):
+            arguments = (
+                rng.random((rows, pokes, 2), np.float32),
+                rng.normal(0, 0.1, (rows, pokes, model.config.flow_dim)).astype(np.float32),
+                rng.random((rows, queries, 2), np.float32),
+                static,
+            )
+            (expected, contexts[0]), (found, contexts[1]) = (
+                engine.run(features, context, *arguments)
+                for engine, context in zip((plain, many), contexts, strict=True)
+            )
+            scale = max(1.0, np.abs(expected).max(initial=0))
+            assert_close(found, expected, TOLERANCE[precision] * scale)
+            assert contexts[0].pokes == contexts[1].pokes
+            if rows * queries > 16:
+                used.append((rows, queries))
+            if rows == 1:
+                contexts = [c.with_room(1, 7) for c in contexts]
+    assert [(c[1], c[2] - c[3]) for c in calls] == used
+
+
+def arguments(
+    prepared: FlowPokeTransformer, rows: int, pokes: int, queries: int, seed: int = 0
+) -> dict[str, Any]:
+    """Of ``run_layers``, with contexts of 4 pokes in room for 9."""
+    config, rng = prepared.config, torch.Generator().manual_seed(seed)
+
+    def keys_values(*shape: int) -> list[tuple[Tensor, ...]]:
+        return [
+            tuple(torch.randn(*shape, config.head_dim, generator=rng) for _ in "kv")
+            for _ in range(config.depth)
+        ]
+
+    return {
+        "x": torch.randn(rows, pokes + queries, config.width, generator=rng),
+        "pokes": pokes,
+        "rotation": prepared.rope(torch.rand(rows, pokes + queries, 2, generator=rng)),
+        "cond": torch.tensor([1, 0, 1, 1, 0])[:rows],
+        "memory": keys_values(1, config.heads, 32),
+        "past": keys_values(rows, config.heads, 9),
+        "known": 4,
+    }
+
+
+def test_each_row_has_its_room_and_its_flag(model: FlowPokeTransformer, threads: int) -> None:
+    """As in hypotheses, and beyond: rows with another past and another flag."""
+    prepared = prepare(model, torch.device("cpu"), torch.float32)
+    many = QueryLayers(prepared)
+    for pokes in (0, 2):
+        own = arguments(prepared, 3, pokes, 50)
+        x = own["x"].clone()
+        found, expected = (
+            run(**own | {"past": copy.deepcopy(own["past"])}) for run in (many, prepared.run_layers)
+        )
+        assert_close(found[0], expected[0], 1e-4)
+        for mine, theirs in zip(found[1], expected[1], strict=True):
+            for a, b in zip(mine, theirs, strict=True):
+                assert_close(a[:, :, : 4 + pokes], b[:, :, : 4 + pokes], 1e-5)
+        assert torch.equal(x, own["x"])  # what was given stays
+
+
+def test_threads_do_not_show() -> None:
+    prepared = prepare(small(64), torch.device("cpu"), torch.float32)
+    many = QueryLayers(prepared)
+    own = [arguments(prepared, 2, 1, 130, seed) for seed in range(4)]
+    alone = [many(**a)[0] for a in own]
+    with ThreadPoolExecutor(4) as pool:
+        for i, (found, _) in enumerate(pool.map(lambda i: many(**own[i % 4]), range(60))):
+            assert torch.equal(found, alone[i % 4])
+
+
+def test_what_it_is_not_made_for(model: FlowPokeTransformer) -> None:
+    """Is run by torch, or refused before C++ is told where it lies."""
+    prepared = prepare(model, torch.device("cpu"), torch.float32)
+    many = QueryLayers(prepared)
+    calls = counting(many)
+    own = arguments(prepared, 2, 1, 30)
+    hidden = torch.zeros(30, 5, dtype=torch.bool)
+    hidden[:, 1] = True
+    two = [tuple(torch.cat([t, t]) for t in kv) for kv in own["memory"]]
+    for change in ({"hidden": hidden}, {"memory": two}):
+        found, expected = (
+            run(**own | {"past": copy.deepcopy(own["past"])} | change)[0]
+            for run in (many, prepared.run_layers)
+        )
+        assert torch.equal(found, expected)
+    assert not calls
+    heads, head_dim = prepared.config.heads, prepared.config.head_dim
+    for change in (lambda t: t[..., :16], lambda t: t.mT, lambda t: t.double()):
+        others = [(k, change(v)) for k, v in own["memory"]]
+        with pytest.raises(
+            ValueError, match=rf"contiguous keys and values \[1, {heads}, 32, {head_dim}\]"
+        ):
+            many(**own | {"memory": others, "pokes": 0})
+    short = [(k[:1], v[:1]) for k, v in own["past"]]
+    with pytest.raises(ValueError, match="expected a context of 4 pokes for 2 rows"):
+        many(**own | {"past": short, "pokes": 0})
+    assert not calls
+
+
+@PRECISION
+def test_the_compiled_engine_uses_it(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With few_tokens for the pokes; not for a model of which not all layers stay in the caches."""
+    monkeypatch.setattr(engine, "multiplies_faster", lambda dtype: True)
+    model = small(64)
+    fast, plain = (FlowPredictor(model, precision=precision, compile=c) for c in (True, False))
+    runs = fast.engine.model.run_layers
+    assert isinstance(runs, QueryLayers)
+    calls = counting(runs)
+    image = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+    found, expected = (
+        p.predict(p.encode(image), [[0.4, 0.5]], [[0.1, 0.0]], np.linspace(0, 1, 60).reshape(30, 2))
+        for p in (fast, plain)
+    )
+    assert len(calls) == 1
+    assert_close(found.means, expected.means, TOLERANCE[precision])
+    monkeypatch.setattr(native_layers, "MOST_WEIGHTS", 1000)
+    large = FlowPredictor(model, precision=precision, compile=True)
+    assert not isinstance(large.engine.model.run_layers, QueryLayers)
+
+
+def test_without_a_compiler_torch_runs_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", "no-compiler")
+    monkeypatch.setattr(engine, "multiplies_faster", lambda dtype: True)
+    monkeypatch.setattr(native_layers, "function", native.function.__wrapped__)
+    prepared = prepare(small(64), torch.device("cpu"), torch.float32)
+    with caplog.at_level(logging.WARNING):
+        use_query_layers(prepared, torch.float32)
+    assert "many queries are run by torch.compile's code" in caplog.text
+    assert "No such file" in caplog.text
+    assert not isinstance(prepared.run_layers, QueryLayers)
