@@ -13,6 +13,7 @@ import shlex
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from threading import Lock
 from typing import Any, Protocol
@@ -30,6 +31,7 @@ from fpt_model.model import (
     ImageFeatures,
     Layer,
     PokeContext,
+    Tokens,
 )
 from fpt_model.native import BuildError, compiler
 from fpt_model.native_layers import FewTokens, QueryLayers
@@ -44,6 +46,10 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Queries in one pass times the model's width; bounds memory, does not change results. fpt-base runs
 # 1,024 at once, fpt-tiny all 4,096 of a dense flow (benchmarks/engine.md).
 _PASS = 1024 * 768
+
+
+_KEPT = 1024
+"""So many queries at once, a dense flow's, are likely to be asked again with other pokes."""
 
 
 class BackendError(RuntimeError):
@@ -112,6 +118,22 @@ def open_device(name: str) -> torch.device:
     return device
 
 
+@dataclass
+class EncodedImage:
+    """What :class:`TorchEngine` keeps of one."""
+
+    image: ImageFeatures
+    last: tuple[Tensor, Tokens] | None = None  # many queries asked last, [1, Q, 2]
+
+    def tokens(self, model: FlowPokeTransformer, queries: Tensor) -> Tokens:
+        """Of ``queries [1, Q, 2]``, kept until others are asked."""
+        last = self.last  # another thread may replace it
+        if last is None or not torch.equal(last[0], queries):
+            none = queries[:, :0], queries.new_empty(1, 0, model.config.flow_dim)
+            last = self.last = queries, model.tokens(self.image, *none, queries)
+        return last[1]
+
+
 class TorchEngine:
     """PyTorch. Pokes are run once: a context holds their keys and values."""
 
@@ -143,16 +165,16 @@ class TorchEngine:
             compile_layers(self.model)
 
     @torch.inference_mode()
-    def encode(self, image: Array) -> ImageFeatures:
+    def encode(self, image: Array) -> EncodedImage:
         """:meth:`Engine.encode`."""
         with _exact_convolutions(self._device, self._dtype):
             maps = self.model.encoder(self._tensor(image))
-        return self.model.features([m.to(self._dtype) for m in maps])
+        return EncodedImage(self.model.features([m.to(self._dtype) for m in maps]))
 
     @torch.inference_mode()
     def run(
         self,
-        features: ImageFeatures,
+        features: EncodedImage,
         past: PokeContext | None,
         poke_pos: Array,
         poke_flow: Array,
@@ -162,15 +184,20 @@ class TorchEngine:
         """:meth:`Engine.run`.
 
         The new pokes and the first chunk of queries share a pass: few queries read the weights only
-        once.
+        once. Many have one of their own, so that their tokens can be kept for other pokes.
         """
-        batch = len(query_pos)
+        image, batch = features.image, len(query_pos)
         pos, flow, points = (self._tensor(x) for x in (poke_pos, poke_flow, query_pos))
         static = torch.full((batch,), int(camera_static), device=self._device)
-        chunks = []
+        chunks, tokens = [], None
         queries = max(1, _PASS // (self.model.config.width * batch))
+        if batch == 1 and _KEPT <= points.shape[1] <= queries:
+            if pos.shape[1]:
+                _, past = self.model.run(image, past, pos, flow, points[:, :0], static)
+                pos, flow = pos[:, :0], flow[:, :0]
+            tokens = features.tokens(self.model, points)
         for chunk in points.split(queries, dim=1):
-            x, past = self.model.run(features, past, pos, flow, chunk, static)
+            x, past = self.model.run(image, past, pos, flow, chunk, static, tokens=tokens)
             chunks.append(self.model.head(x[:, pos.shape[1] :]).float())
             pos, flow = pos[:, :0], flow[:, :0]
         assert past is not None  # there is at least one chunk, be it empty

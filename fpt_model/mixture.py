@@ -30,6 +30,23 @@ def _solve_lower(tril: Array, b: Array) -> Array:
     return out
 
 
+def _solve_positive(matrix: Array, b: Array) -> Array:
+    """``[D, N]``: each ``inv(matrix [D, D, N]) @ b [D, N]``, of positive definite matrices.
+
+    By elimination over all points at once; ``np.linalg.solve`` calls LAPACK for each.
+    """
+    matrix, out = matrix.copy(), b.copy()
+    for i in range(len(b)):
+        for j in range(i + 1, len(b)):
+            factor = matrix[j, i] / matrix[i, i]
+            matrix[j] -= factor * matrix[i]
+            out[j] -= factor * out[i]
+    for i in reversed(range(len(b))):
+        out[i] /= matrix[i, i]
+        out[:i] -= matrix[:i, i] * out[i]
+    return out
+
+
 def _cost(x: Array, weights: Array, means: Array, spread: Array) -> Array:
     """``[N]``: of :meth:`FlowMixture.median`, at ``x [D, N]``; see :func:`_distances`."""
     return np.sum(weights * _distances(x, means, spread), 0)
@@ -46,21 +63,38 @@ def _distances(x: Array, means: Array, spread: Array) -> Array:
 def _median_step(
     x: Array, cost: Array, weights: Array, means: Array, spread: Array
 ) -> tuple[Array, Array]:
-    """The better of Newton's step, shortened if need be, and Weiszfeld's, from ``x [D, N]`` with
-    ``cost [N]``; and what it gains, ``[N]``."""
-    r = _distances(x, means, spread)
-    pull = weights / r
-    total = pull.sum(0)
+    """Newton's step from ``x [D, N]`` with ``cost [N]``; where that gains less than half of what it
+    should the best of it, shortened, and Weiszfeld's. And what it gains, ``[N]``."""
     away = means - x[:, None]  # [D, K, N]
-    slope = np.einsum("kn,dkn->dn", pull, away)  # minus the gradient
-    curve = -np.einsum("kn,ikn,jkn->nij", pull / np.square(r), away, away)
-    curve += total[:, None, None] * np.eye(len(x))
-    newton = np.linalg.solve(curve, slope.T[..., None])[..., 0].T
-    found, least = x, cost
-    for step in (slope / total, newton, 0.3 * newton, 0.1 * newton):
-        new = _cost(x + step, weights, means, spread)
-        better = new < least
-        found, least = np.where(better, x + step, found), np.where(better, new, least)
+    squares = spread + np.square(away).sum(0)
+    pull = weights / np.sqrt(squares)
+    total = pull.sum(0)
+    pulled = pull * away
+    slope = pulled.sum(1)  # [D, N], minus the gradient
+    bend = pulled / squares
+    # [D, D, N]; sums of two factors by einsum are not slow, of three they are
+    curve = -np.einsum("ikn,jkn->ijn", bend, away)
+    for i in range(len(x)):
+        curve[i, i] += total
+    newton = _solve_positive(curve, slope)
+    found = x + newton
+    least = _cost(found, weights, means, spread)
+    expected = 0.5 * (slope * newton).sum(0)
+    short = np.flatnonzero(~(cost - least >= 0.5 * expected))
+    if len(short):
+        x, weights, means, spread = (
+            x[:, short],
+            weights[:, short],
+            means[..., short],
+            spread[:, short],
+        )
+        newton, weiszfeld = newton[:, short], slope[:, short] / total[short]
+        best, lowest = x, cost[short]
+        for step in (weiszfeld, newton, 0.3 * newton, 0.1 * newton):
+            new = _cost(x + step, weights, means, spread)
+            better = new < lowest
+            best, lowest = np.where(better, x + step, best), np.where(better, new, lowest)
+        found[:, short], least[short] = best, lowest
     return found, cost - least
 
 

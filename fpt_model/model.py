@@ -50,6 +50,14 @@ class ImageFeatures:
 
 
 @dataclass(frozen=True)
+class Tokens:
+    """Pokes and queries as the layers take them, and where they are."""
+
+    x: Tensor  # [B, T, W]
+    rotation: Rotation
+
+
+@dataclass(frozen=True)
 class PokeContext:
     """What later pokes and queries need of the pokes so far.
 
@@ -356,6 +364,7 @@ class FlowPokeTransformer(nn.Module):
         query_pos: Tensor,
         camera_static: Tensor,
         visible: Tensor | None = None,
+        tokens: Tokens | None = None,
     ) -> tuple[Tensor, PokeContext]:
         """New pokes and queries in one pass through the layers.
 
@@ -365,6 +374,7 @@ class FlowPokeTransformer(nn.Module):
             query_pos: ``[B, Q, 2]``; Q may be 0.
             camera_static: bool ``[B]``.
             visible: ``[Q]``, the number of leading pokes each query sees; None: all of them.
+            tokens: what :meth:`tokens` made of these pokes and queries; None: it is done here.
 
         Returns the last layer's output for the new pokes, then the queries, ``[B, P + Q, W]``; and
         the context with the new pokes appended.
@@ -375,13 +385,22 @@ class FlowPokeTransformer(nn.Module):
             order = torch.arange(known + pokes, device=query_pos.device)
             hidden = order >= visible[:, None]
         cond = self.cond_emb(camera_static.long())
-        rotation = self.rope(torch.cat([poke_pos, query_pos], 1))
-        x = self.embed(poke_pos, poke_flow, query_pos, features.maps)
+        if tokens is None:
+            tokens = self.tokens(features, poke_pos, poke_flow, query_pos)
         before: Sequence[KeyValue | tuple[None, None]] = [(None, None)] * len(self.layers)
         if past is not None:
             before = past.keys_values
-        x, kept = self.run_layers(x, pokes, rotation, cond, features.memory, before, known, hidden)
+        x, kept = self.run_layers(
+            tokens.x, pokes, tokens.rotation, cond, features.memory, before, known, hidden
+        )
         return x, PokeContext(kept, known + pokes)
+
+    def tokens(
+        self, features: ImageFeatures, poke_pos: Tensor, poke_flow: Tensor, query_pos: Tensor
+    ) -> Tokens:
+        """Of new pokes, then queries, which know nothing of the pokes yet; as in :meth:`run`."""
+        rotation = self.rope(torch.cat([poke_pos, query_pos], 1))
+        return Tokens(self.embed(poke_pos, poke_flow, query_pos, features.maps), rotation)
 
     def run_layers(
         self,

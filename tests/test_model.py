@@ -38,6 +38,7 @@ from fpt_model import (
     encoder,
     geometry,
     load_model,
+    mixture,
     packed,
     save_model,
 )
@@ -178,6 +179,26 @@ class TestMixture:
         assert np.array_equal(mix.reduce("median"), mix.median())
         with pytest.raises(ValueError, match="received 'max'"):
             mix.reduce("max")
+
+    @pytest.mark.parametrize("d", [2, 3])
+    def test_the_median_is_at_the_least_of_its_bound(self, d: int) -> None:
+        """Also where components are narrow, whose cusps Newton's step alone would jump over."""
+        rng = np.random.default_rng(d)
+        for width in (1.0, 1e-2, 1e-4):
+            wide = random_mixture(d=d)
+            mix = FlowMixture(wide.log_weights, wide.means, width * wide.scale_tril)
+            spread = np.square(mix.scale_tril).sum((-2, -1))  # [N, K]
+            spread -= (1 - mixture._MEDIAN_FLOOR) * spread.min(-1, keepdims=True)
+
+            def bound(x: np.ndarray, mix: FlowMixture = mix, spread: Any = spread) -> np.ndarray:
+                squares = np.square(mix.means - x[:, None]).sum(-1)
+                return (mix.weights * np.sqrt(squares + spread)).sum(-1)
+
+            found = mix.median()
+            for size in np.geomspace(1e-5, 1, 11):
+                for _ in range(20):
+                    other = found + size * rng.normal(size=found.shape)
+                    assert (bound(found) <= bound(other) * (1 + 1e-9)).all()
 
     def test_the_median_without_a_known_last_axis_is_that_of_the_others(self) -> None:
         means = np.array([[[1.0, 2.0, 3.0], [5.0, 6.0, 7.0]]] * 3)
@@ -505,6 +526,26 @@ class TestPredictor:
         changed = predictor.predict(asked, pos[:2], -flow[:2], queries)
         fresh = predictor.predict(predictor.encode(image), pos[:2], -flow[:2], queries)
         assert_mixtures_close(changed, fresh, 1e-4)
+
+    def test_tokens_of_many_queries_are_kept(
+        self, model: FlowPokeTransformer, image: np.ndarray, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """For the scene's next pokes, or none; the answer is that of a fresh scene."""
+        predictor, rng = FlowPredictor(model), np.random.default_rng(0)
+        monkeypatch.setattr("fpt_model.engine._KEPT", 12)
+        pos, flow = rng.random((2, 3, 2))
+        asked = predictor.encode(image)
+        kept = []
+        for count, queries in ((2, (3, 4)), (0, (3, 4)), (3, (3, 4)), (1, (4, 4)), (1, (2, 4))):
+            args = (pos[:count], flow[:count], geometry.grid(queries))
+            monkeypatch.setattr("fpt_model.engine._KEPT", 10**9)
+            fresh = predictor.predict(predictor.encode(image), *args)
+            monkeypatch.setattr("fpt_model.engine._KEPT", 12)
+            assert_mixtures_close(predictor.predict(asked, *args), fresh, 1e-4)
+            assert asked.features.last is not None
+            kept.append(asked.features.last[1])
+        assert kept[0] is kept[1] is kept[2] is not kept[3]
+        assert kept[3] is kept[4]  # fewer queries are not kept, nor looked for
 
     def test_a_scene_is_for_the_predictor_that_made_it(
         self, predictor: FlowPredictor, model: FlowPokeTransformer, image: np.ndarray

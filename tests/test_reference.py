@@ -27,6 +27,7 @@ from fpt_model import (
 )
 from fpt_model.config import FPT_BASE
 from fpt_model.encoder import preprocess, resize_square
+from fpt_model.engine import EncodedImage
 from fpt_model.geometry import ModelView
 from fpt_model.layers import grid_positions
 from fpt_model.model import mixture_parameters, negative_log_likelihood
@@ -175,9 +176,8 @@ class TestSmall:
     def scene(self, predictor: FlowPredictor, image: Tensor) -> Scene:
         """Of the model's own input, since the reference's image is not one of 8 bits."""
         with torch.inference_mode():
-            return Scene(
-                ModelView(112, 112, "crop"), predictor.engine.model.encode(image), predictor.engine
-            )
+            features = EncodedImage(predictor.engine.model.encode(image))
+            return Scene(ModelView(112, 112, "crop"), features, predictor.engine)
 
     def test_seeded_weights_and_inputs(self, t: dict[str, Tensor]) -> None:
         stored = load_file(REFERENCE / "small_state_dict.safetensors")
@@ -388,10 +388,10 @@ class TestBase:
         assert np.array_equal(t["image"].flatten()[:8].numpy(), z["image_first8"])
         with torch.inference_mode():
             features = predictor.engine.model.encode(t["image"])
-            scene = Scene(ModelView(448, 448, "crop"), features, predictor.engine)
+            scene = Scene(ModelView(448, 448, "crop"), EncodedImage(features), predictor.engine)
             args = (t["poke_pos"], t["poke_flow"], t["query_pos"])
             for flag in (1, 0):
-                x, _ = predictor.engine.model.run(scene.features, None, *args, torch.tensor([flag]))
+                x, _ = predictor.engine.model.run(features, None, *args, torch.tensor([flag]))
                 mixture = mixture_of(predictor.engine.model.head(x).float(), model.config)
                 assert_mixture(mixture, z, f"static{flag}.", tolerance)
         pos, flow, queries = (x[0].numpy() for x in args)
@@ -399,7 +399,7 @@ class TestBase:
         expected = {k: v[0] for k, v in z.items() if k.startswith("nopoke_static1.")}
         assert_mixture(free, expected, "nopoke_static1.", tolerance)
         if precision == "fp32":
-            features = scene.features.maps[0]
-            assert_close(features[0, :, 0, 0], z["feat_row0"], 1e-4)
-            assert_close(features[:, ::16, ::4, ::4], z["feat_probe"], 1e-4)
-            assert_close([features.mean(), features.std()], z["feat_mean_std"], 1e-4)
+            coarsest = features.maps[0]
+            assert_close(coarsest[0, :, 0, 0], z["feat_row0"], 1e-4)
+            assert_close(coarsest[:, ::16, ::4, ::4], z["feat_probe"], 1e-4)
+            assert_close([coarsest.mean(), coarsest.std()], z["feat_mean_std"], 1e-4)
