@@ -25,7 +25,7 @@ import multiprocessing
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,9 +40,11 @@ from fpt_model import FlowPokeTransformer, FlowPredictor, load_model
 from fpt_model.allocator import keep_freed_memory
 from fpt_model.config import FPT_BASE
 from fpt_model.encoder import preprocess
+from fpt_model.engine import EncodedImage
 from fpt_model.geometry import grid
 from fpt_model.model import ImageFeatures, mixture_parameters
 from fpt_model.packed import multiply
+from fpt_model.predictor import Scene
 from fpt_model.processor import mkl_is_slow
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -198,23 +200,23 @@ def tasks(
             dense = p.predict(own, *one, grid((64, 64)))
             return dense.reduce("median"), p.influence_of(own, dense, (64, 64))
 
-        def fresh(call: Callable[[], object]) -> Callable[[], object]:
-            """Without the pokes of the call before: each repetition runs its own."""
-
-            def run() -> object:
-                scene.known.clear()
-                return call()
-
-            return run
+        def fresh(**kept: Any) -> Scene:
+            """Of an image that nothing was asked about, or only what is ``kept``."""
+            own = {"features": EncodedImage(scene.features.image), **kept}
+            return replace(scene, known={}, unconditional={}, **own)
 
         calls = {
             "encode": (lambda: p.encode(image), 1),
             "image to 64 queries": (lambda: p.predict(p.encode(image), *one, queries), 1),
             "image to flow and mask": (flow_and_mask, 1),
-            "1 query, 1 poke": (fresh(lambda: p.predict(scene, *one, queries[:1])), 1),
-            "64 queries": (fresh(lambda: p.predict(scene, *some, queries)), 1),
-            "dense 64x64": (fresh(lambda: p.predict(scene, *some, grid((64, 64)))), 1),
-            "dense 128x128": (fresh(lambda: p.predict(scene, *some, grid((128, 128)))), 1),
+            "1 query, 1 poke": (lambda: p.predict(fresh(), *one, queries[:1]), 1),
+            "64 queries": (lambda: p.predict(fresh(), *some, queries), 1),
+            "dense 64x64": (lambda: p.predict(fresh(), *some, grid((64, 64))), 1),
+            "dense 64x64, other pokes": (
+                lambda: p.predict(fresh(features=scene.features), *some, grid((64, 64))),
+                1,
+            ),
+            "dense 128x128": (lambda: p.predict(fresh(), *some, grid((128, 128))), 1),
             "64 hypotheses x 64": (lambda: p.predict_batch(scene, *all_, queries), 1),
             f"joint {ar_side}x{ar_side}": (
                 lambda: p.sample(scene, *some, joint, num_samples=1),

@@ -23,7 +23,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from fpt_model.allocator import return_freed_memory
 from fpt_model.config import FPT_BASE, FPTConfig
 from fpt_model.engine import refuse_prepared, weight_types
 from fpt_model.model import FlowPokeTransformer
@@ -199,7 +198,6 @@ class _MappedFile(Mapping[str, Any], Generic[_Content]):
         try:
             if self._seen > self._LIMIT:
                 del self.content
-                return_freed_memory()  # holes where tensors were that have been converted
                 self.content = self._opened()
             value = self.content[name]
             self._seen += value.nbytes if isinstance(value, Tensor) else 0

@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fpt_model.allocator import return_freed_memory
 from fpt_model.layers import QKV
 from fpt_model.model import TokenEmbedding
 
@@ -118,8 +117,6 @@ def pack(model: nn.Module, others: Collection[nn.Module] = ()) -> None:
         if child.weight.numel() >= _LEAST and child not in others:
             packed = PackedQKV(child) if isinstance(child, QKV) else PackedLinear(child)
             setattr(module, name, packed)
-            del child
-            return_freed_memory()  # else a quarter of a gigabyte of holes in fpt-base
 
 
 def _linear_layers(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[nn.Module, str]]:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from fpt_model.allocator import return_freed_memory
+from fpt_model.allocator import blocks_apart
 from fpt_model.backends import Choice, Precision, chosen_backend, open_engine
 from fpt_model.checkpoint import load_model
 from fpt_model.encoder import preprocess
@@ -139,11 +139,9 @@ class FlowPredictor:
         dtype = torch.float32
         if chosen_backend(backend, graphs) == "torch":
             dtype = PRECISIONS.get(precision, dtype)  # the constructor refuses unknown names
-        weights = load_model(model, dtype)
-        predictor = cls(weights, backend, device, precision, graphs, in_place=True, **options)
-        del weights
-        return_freed_memory()
-        return predictor
+        with blocks_apart():
+            weights = load_model(model, dtype)
+            return cls(weights, backend, device, precision, graphs, in_place=True, **options)
 
     def encode(self, image: NDArray[np.uint8]) -> Scene:
         """Encode a uint8 RGB image ``[H, W, 3]``; ValueError for anything else."""

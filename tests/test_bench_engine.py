@@ -57,11 +57,14 @@ def test_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bench_engine.main()
     report = json.loads(out.read_text())
     rows = {row["task"]: row for row in report["rows"]}
-    assert len(rows) == 9
+    assert len(rows) == 10
     assert all(row["seconds"] > 0 and row["gflop"] > 0 for row in rows.values())
     # every cell of a grid costs the same, whether it is large or small
     ratio = rows["dense 128x128"]["gflop"] / rows["dense 64x64"]["gflop"]
     assert ratio == pytest.approx(4, rel=0.01)
+    # what places were made of is not made again
+    again = rows["dense 64x64, other pokes"]["gflop"] / rows["dense 64x64"]["gflop"]
+    assert 0.8 < again < 0.99
     assert 0.1 < report["peak_gb"]["fpt-tiny fp32 engine"] < 4
 
 
