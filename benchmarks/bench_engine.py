@@ -205,6 +205,8 @@ def tasks(
             own = {"features": EncodedImage(scene.features.image), **kept}
             return replace(scene, known={}, unconditional={}, **own)
 
+        asked = fresh()
+        p.predict(asked, *one, grid((64, 64)))
         calls = {
             "encode": (lambda: p.encode(image), 1),
             "image to 64 queries": (lambda: p.predict(p.encode(image), *one, queries), 1),
@@ -213,7 +215,7 @@ def tasks(
             "64 queries": (lambda: p.predict(fresh(), *some, queries), 1),
             "dense 64x64": (lambda: p.predict(fresh(), *some, grid((64, 64))), 1),
             "dense 64x64, other pokes": (
-                lambda: p.predict(fresh(features=scene.features), *some, grid((64, 64))),
+                lambda: p.predict(fresh(features=asked.features), *some, grid((64, 64))),
                 1,
             ),
             "dense 128x128": (lambda: p.predict(fresh(), *some, grid((128, 128))), 1),

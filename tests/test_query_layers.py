@@ -175,6 +175,32 @@ def test_threads_do_not_show() -> None:
             assert torch.equal(found, alone[i % 4])
 
 
+@PRECISION
+def test_neither_order_nor_company_shows(
+    model: FlowPokeTransformer, precision: str, threads: int
+) -> None:
+    """A query's answer is its own, in whatever tile it comes."""
+    prepared = prepare(model, torch.device("cpu"), PRECISIONS[precision])
+    many, dtype = QueryLayers(prepared), PRECISIONS[precision]
+    own = arguments(prepared, 2, 0, 150)
+    for name in ("memory", "past"):
+        own[name] = [tuple(t.to(dtype) for t in kv) for kv in own[name]]
+    alone, _ = many(**own)
+    for queries in (
+        torch.randperm(150, generator=torch.Generator().manual_seed(0)),
+        torch.arange(9, 40),
+    ):
+        rotation = tuple(t[:, :, queries] for t in own["rotation"])
+        found, _ = many(**own | {"x": own["x"][:, queries], "rotation": rotation})
+        assert torch.equal(found, alone[:, queries])
+    one = {name: [tuple(t[1:] for t in kv) for kv in own[name]] for name in ("past",)}
+    rotation = tuple(t[1:] for t in own["rotation"])
+    found, _ = many(
+        **own | one | {"x": own["x"][1:], "rotation": rotation, "cond": own["cond"][1:]}
+    )
+    assert torch.equal(found, alone[1:])
+
+
 def test_what_it_is_not_made_for(model: FlowPokeTransformer) -> None:
     """Is run by torch, or refused before C++ is told where it lies."""
     prepared = prepare(model, torch.device("cpu"), torch.float32)
