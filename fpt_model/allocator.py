@@ -4,19 +4,22 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import Lock
 from typing import Any
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _MMAP_FROM = 2**30, 2**25  # bytes; older versions refuse the first
 _NEVER = -1
-_ADAPTED = (
-    2**25,
-    2**26,
-)  # to which glibc raises both thresholds by itself when large blocks are freed
-_APART = 2**16
+# bytes, to which glibc raises both thresholds by itself when large blocks are freed
+_ADAPTED = {_M_MMAP_THRESHOLD: 2**25, _M_TRIM_THRESHOLD: 2**26}
+_APART = 2**16  # bytes
+
+_lock = Lock()
 _kept = False
+_apart = 0  # how many are at it
 
 
 def keep_freed_memory() -> bool:
@@ -26,16 +29,22 @@ def keep_freed_memory() -> bool:
     takes and frees many of them in each pass, and the system fills each new page with zeros: a
     third of the time of training fpt-tiny, up to a quarter of that of its dense flow (less where
     large blocks were freed before, to which glibc adapts). The price is that the process keeps what
-    it once needed. It is a setting of the whole process, so programs make it, not this library;
-    elsewhere than with glibc, or with another allocator preloaded, nothing changes.
+    it once needed. It is a setting of the whole process, so programs make it, not this library
+    (but see :func:`blocks_apart`); elsewhere than with glibc, or with another allocator preloaded,
+    nothing changes.
     """
     global _kept
+    with _lock:
+        _kept = _keep()
+        return _kept
+
+
+def _keep() -> bool:
     mallopt = _mallopt()
     if mallopt is None:
         return False
     large = any(mallopt(_M_MMAP_THRESHOLD, size) for size in _MMAP_FROM)
-    _kept = bool(mallopt(_M_TRIM_THRESHOLD, _NEVER)) and large
-    return _kept
+    return bool(mallopt(_M_TRIM_THRESHOLD, _NEVER)) and large
 
 
 @contextmanager
@@ -44,20 +53,29 @@ def blocks_apart() -> Iterator[None]:
 
     For what makes a model, whose weights stay, out of others that do not. In the holes between them
     later tensors would find their places each time elsewhere, until all of a third of a gigabyte
-    that fpt-base once needed more is in use again, by nothing. Afterwards freed memory is kept, or
-    returned as glibc does once large blocks were freed.
+    that fpt-base once needed more is in use again, by nothing. Afterwards freed memory is kept, if
+    the program wants that; otherwise glibc's thresholds are what they are once large blocks were
+    freed, and stay there. Nothing changes where the environment sets glibc's, since they cannot be
+    read, to be set again.
     """
-    mallopt = _mallopt()
-    if mallopt is not None:
+    global _apart
+    mallopt = None
+    if not {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"} & set(os.environ):
+        mallopt = _mallopt()
+    if mallopt is None:
+        yield
+        return
+    with _lock:
+        _apart += 1
         mallopt(_M_MMAP_THRESHOLD, _APART)
     try:
         yield
     finally:
-        if _kept:
-            keep_freed_memory()
-        elif mallopt is not None:
-            mallopt(_M_MMAP_THRESHOLD, _ADAPTED[0])
-            mallopt(_M_TRIM_THRESHOLD, _ADAPTED[1])
+        with _lock:
+            _apart -= 1
+            if not _apart and not (_kept and _keep()):
+                for threshold, size in _ADAPTED.items():
+                    mallopt(threshold, size)
 
 
 def return_freed_memory() -> None:

@@ -95,7 +95,7 @@ def _function(head_dim: int, dtype: torch.dtype) -> Any:
             "expected heads of a multiple of 32 channels in "
             f"{[str(t) for t in native.TYPES]}, received {head_dim} in {dtype}"
         )
-    function = native.function("many_queries", "attend", head_dim, dtype, 6)
+    function = native.function("many_queries", "attend", head_dim, dtype)
     function.argtypes = [*[ctypes.c_void_p] * 4, ctypes.c_float, ctypes.c_void_p]
     return function
 

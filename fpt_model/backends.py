@@ -17,7 +17,7 @@ Backend = Literal["torch", "onnxruntime"]
 Choice = Literal["auto", Backend]
 """Of a backend; auto: ONNX Runtime where graphs are given, PyTorch otherwise.
 
-On a CPU ONNX Runtime in fp32 encodes faster and answers about as fast (docs/backends.md).
+On a CPU ONNX Runtime in fp32 encodes faster and answers a little slower (docs/backends.md).
 """
 Precision = Literal["fp32", "bf16", "fp16", "int8"]
 PROVIDERS = {  # of ONNX Runtime, by the names that users give

@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from fpt_model.allocator import blocks_apart
 from fpt_model.config import FPT_BASE, FPTConfig
 from fpt_model.engine import refuse_prepared, weight_types
 from fpt_model.model import FlowPokeTransformer
@@ -77,6 +78,7 @@ def resolve_model(model: str | os.PathLike[str]) -> Path:
     )
 
 
+@blocks_apart()
 def load_model(
     model: str | os.PathLike[str], dtype: torch.dtype = torch.float32
 ) -> FlowPokeTransformer:

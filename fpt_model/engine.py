@@ -46,10 +46,9 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Queries in one pass times the model's width; bounds memory, does not change results. fpt-base runs
 # 1,024 at once, fpt-tiny all 4,096 of a dense flow (benchmarks/engine.md).
 _PASS = 1024 * 768
-
-
+# So many queries in one pass, a dense flow's, are likely to be asked again with other pokes. What
+# is kept of them is at most as large as an activation.
 _KEPT = 1024
-"""So many queries at once, a dense flow's, are likely to be asked again with other pokes."""
 
 
 class BackendError(RuntimeError):
@@ -130,7 +129,7 @@ class EncodedImage:
         last = self.last  # another thread may replace it
         if last is None or not torch.equal(last[0], queries):
             none = queries[:, :0], queries.new_empty(1, 0, model.config.flow_dim)
-            last = self.last = queries, model.tokens(self.image, *none, queries)
+            last = self.last = queries.clone(), model.tokens(self.image, *none, queries)
         return last[1]
 
 
@@ -184,7 +183,8 @@ class TorchEngine:
         """:meth:`Engine.run`.
 
         The new pokes and the first chunk of queries share a pass: few queries read the weights only
-        once. Many have one of their own, so that their tokens can be kept for other pokes.
+        once. If all of many fit into one, they have it alone, so that their tokens can be kept for
+        other pokes.
         """
         image, batch = features.image, len(query_pos)
         pos, flow, points = (self._tensor(x) for x in (poke_pos, poke_flow, query_pos))

@@ -60,33 +60,33 @@ inline const float* in_steps(const float* x, int64_t n, float* room, const bfloa
 // for R rows of x, which are in_steps, or several times four.
 template <int R, class Out>
 inline void product(const T* w, const float* x, int64_t k, int64_t begin, int64_t end, Out out) {
-  constexpr int ROWS = R < 4 ? R : 4;  // sums of so many, with four of the matrix, are registers
-  static_assert(R % ROWS == 0);
+  constexpr int GROUP = R < 4 ? R : 4;  // sums of so many, with four of the matrix, are registers
+  static_assert(R % GROUP == 0);
   int64_t o = begin;
   auto some = [&](auto count) {
-    constexpr int C = decltype(count)::value;
-    for (int64_t first_row = 0; first_row < R; first_row += ROWS) {
+    constexpr int OUTPUTS = decltype(count)::value;
+    for (int64_t first_row = 0; first_row < R; first_row += GROUP) {
       const float* input = x + first_row * k;
-      V sums[C][ROWS] = {};
+      V sums[OUTPUTS][GROUP] = {};
       for (int64_t i = 0; i < k; i += STEP) {
-        V first[C], second[C];
-        for (int c = 0; c < C; ++c) {
+        V first[OUTPUTS], second[OUTPUTS];
+        for (int c = 0; c < OUTPUTS; ++c) {
           const T* row = w + (o + c) * k + i;
           if (first_row == 0) __builtin_prefetch(row + AHEAD);
           load_step(row, first[c], second[c]);
         }
-        for (int r = 0; r < ROWS; ++r) {
+        for (int r = 0; r < GROUP; ++r) {
           const V a = load(input + r * k + i), b = load(input + r * k + i + LANES);
-          for (int c = 0; c < C; ++c) {
+          for (int c = 0; c < OUTPUTS; ++c) {
             sums[c][r] += first[c] * a;
             sums[c][r] += second[c] * b;
           }
         }
       }
-      for (int c = 0; c < C; ++c)
-        for (int r = 0; r < ROWS; ++r) out(first_row + r, o + c, sum(sums[c][r]));
+      for (int c = 0; c < OUTPUTS; ++c)
+        for (int r = 0; r < GROUP; ++r) out(first_row + r, o + c, sum(sums[c][r]));
     }
-    o += C;
+    o += OUTPUTS;
   };
   while (o + 4 <= end) some(std::integral_constant<int, 4>{});
   while (o < end) some(std::integral_constant<int, 1>{});

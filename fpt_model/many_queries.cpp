@@ -25,8 +25,7 @@ extern "C" void attend(const Shape* shape, const T* q, const T* k, const T* v, f
   const Shape& s = *shape;
   const int64_t maps = s.batch * s.heads, wide = round_up(s.keys, WIDE);
   const int64_t panels = wide / WIDE, blocks = (s.queries + ROWS - 1) / ROWS;
-  // not initialised: who writes a page first has it near
-  std::unique_ptr<C[]> keys(new C[maps * E * wide]), values(new C[maps * wide * E]);
+  const Packed keys = packed(maps * E * wide), values = packed(maps * wide * E);
 
 #pragma omp parallel num_threads(s.threads)
   {

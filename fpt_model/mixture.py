@@ -48,16 +48,11 @@ def _solve_positive(matrix: Array, b: Array) -> Array:
 
 
 def _cost(x: Array, weights: Array, means: Array, spread: Array) -> Array:
-    """``[N]``: of :meth:`FlowMixture.median`, at ``x [D, N]``; see :func:`_distances`."""
-    return np.sum(weights * _distances(x, means, spread), 0)
-
-
-def _distances(x: Array, means: Array, spread: Array) -> Array:
-    """``[K, N]``: expected ones of ``x [D, N]`` from components of ``means [D, K, N]``."""
+    """``[N]``: of :meth:`FlowMixture.median`, the expected distance of ``x [D, N]``."""
     squares = spread.copy()
     for mean, axis in zip(means, x, strict=True):
         squares += np.square(mean - axis)
-    return np.sqrt(squares, out=squares)
+    return np.sum(weights * np.sqrt(squares, out=squares), 0)
 
 
 def _median_step(
@@ -79,7 +74,7 @@ def _median_step(
     newton = _solve_positive(curve, slope)
     found = x + newton
     least = _cost(found, weights, means, spread)
-    expected = 0.5 * (slope * newton).sum(0)
+    expected = np.maximum(0.5 * (slope * newton).sum(0), 0)  # rounding may spoil the curve
     short = np.flatnonzero(~(cost - least >= 0.5 * expected))
     if len(short):
         x, weights, means, spread = (
@@ -221,8 +216,8 @@ class FlowMixture:
         probably stays would creep toward where it might go. The expected distance to a component
         is taken as ``sqrt(|mu - x|^2 + tr Sigma)`` with the rest of its covariance, its bound by
         Jensen's inequality. The sum is smooth and convex; Newton's method finds its minimum, with
-        Weiszfeld's (1937) step, which never fails, where that is better. Where the last axis is
-        NaN (:meth:`scaled_last`) so is the median's, and the others are as without it.
+        Weiszfeld's (1937) step, which never fails, where Newton's gains little. Where the last axis
+        is NaN (:meth:`scaled_last`) so is the median's, and the others are as without it.
         """
         unknown = np.isnan(self.means[..., -1]).any(-1)
         if self.dims > 1 and unknown.any():

@@ -46,12 +46,9 @@ _building = threading.Lock()
 
 
 @cache
-def function(
-    name: str, symbol: str, head_dim: int, dtype: torch.dtype, pointers: int, *defines: str
-) -> Any:
+def function(name: str, symbol: str, head_dim: int, dtype: torch.dtype, *defines: str) -> Any:
     """``symbol`` of ``name``.cpp for heads of so many channels and arrays of ``dtype``, without a
-    return value, of so many arguments, all pointers unless the caller declares others. BuildError.
-    """
+    return value; the caller declares its arguments. BuildError."""
     # the OpenMP that torch has loaded: threads of a second one would compete with its threads
     package = Path(torch.__file__).parent  # wheels of x86-64 and of Arm
     places = (package / "lib", package.with_name("torch.libs"))
@@ -65,9 +62,7 @@ def function(
         what.append(processor.description())
         digest = hashlib.sha256("\0".join(what).encode()).hexdigest()[:16]
         with _building:
-            found = _kept(source, symbol, f"{name}-{digest}.so", flags, openmp)
-        found.argtypes = [ctypes.c_void_p] * pointers
-        return found
+            return _kept(source, symbol, f"{name}-{digest}.so", flags, openmp)
     except (OSError, RuntimeError) as error:  # RuntimeError: nobody knows the user's home
         raise BuildError(str(error)) from error
 

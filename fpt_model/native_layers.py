@@ -7,6 +7,7 @@ fpt_model/native.py builds.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,13 +44,14 @@ class _NativeLayers:
         self._otherwise = model.run_layers
         self._heads, self._head_dim, self._dtype = config.heads, config.head_dim, dtype
         self._hidden = config.width * config.ffn_expand
-        self._function = self._built("run_layers", 6)
+        self._function = self._built("run_layers")
+        self._function.argtypes = [ctypes.c_void_p] * 6
         self._tensors = [self._scales(layer) + self._weights(layer) for layer in model.layers]
         # a row for each layer's struct in C++, with room for keys and values
         places = [[t.data_ptr() for t in own] + 4 * [0] for own in self._tensors]
         self._pointers = np.array(places, np.uint64)
 
-    def _built(self, symbol: str, pointers: int) -> Any:
+    def _built(self, symbol: str) -> Any:
         raise NotImplementedError
 
     def _weights(self, layer: Layer) -> list[Tensor]:
@@ -84,13 +86,13 @@ class _NativeLayers:
         self,
         x: Tensor,
         pokes: int,
-        past: int,
+        seen: int,
         rotation: Rotation,
         cond: Tensor,
         memory: Sequence[KeyValue],
         kept: Sequence[KeyValue],
     ) -> None:
-        """Run ``x`` in place; ``past`` pokes are in ``kept`` before."""
+        """Run ``x`` in place; ``seen`` pokes are in ``kept`` before."""
         batch, tokens, _ = x.shape
         image_tokens = memory[0][0].shape[2]
         self._check_memory(memory, image_tokens)
@@ -98,7 +100,7 @@ class _NativeLayers:
         pointers[:, -4:] = [
             [t.data_ptr() for t in (*image, *own)] for image, own in zip(memory, kept, strict=True)
         ]
-        shape = [len(kept), batch, tokens, pokes, past, kept[0][0].shape[2], self._heads]
+        shape = [len(kept), batch, tokens, pokes, seen, kept[0][0].shape[2], self._heads]
         shape += [image_tokens, self._hidden, torch.get_num_threads()]
         sizes = np.array(shape, np.int64)
         inputs = [t.contiguous() for t in (*rotation, cond)] + [x]
@@ -140,9 +142,9 @@ class FewTokens(_NativeLayers):
         self.weights: list[nn.Linear] = []  # what must stay as it is
         super().__init__(model)
 
-    def _built(self, symbol: str, pointers: int) -> Any:
+    def _built(self, symbol: str) -> Any:
         most = f"-DMOST_TOKENS={MOST_TOKENS}"
-        return function("few_tokens", symbol, self._head_dim, self._dtype, pointers, most)
+        return function("few_tokens", symbol, self._head_dim, self._dtype, most)
 
     def _weights(self, layer: Layer) -> list[Tensor]:
         own = [layer.self_qkv, layer.self_out, layer.cross_q, layer.ffn_up, layer.ffn_down]
@@ -177,10 +179,8 @@ class QueryLayers(_NativeLayers):
     New pokes, which do not see the queries, it hands on.
     """
 
-    _LANES = 16  # as in vectors.h
-
-    def _built(self, symbol: str, pointers: int) -> Any:
-        return function("query_layers", symbol, self._head_dim, self._dtype, pointers)
+    def _built(self, symbol: str) -> Any:
+        return function("query_layers", symbol, self._head_dim, self._dtype)
 
     @staticmethod
     def suits(model: FlowPokeTransformer) -> bool:
@@ -188,17 +188,20 @@ class QueryLayers(_NativeLayers):
         return sum(p.numel() for layer in model.layers for p in layer.parameters()) <= MOST_WEIGHTS
 
     def _weights(self, layer: Layer) -> list[Tensor]:
-        packing, unit = self._built("packing", 1), np.zeros(2, np.int64)
+        packing, unit = self._built("packing"), np.zeros(2, np.int64)
+        packing.argtypes = [ctypes.c_void_p]
         packing(unit.ctypes.data)
         pair, wide = (int(n) for n in unit)
         qkv, out = layer.self_qkv.weight, layer.self_out.weight
         # what a query that sees no pokes adds: its own value
         alone = (out.float() @ qkv.chunk(3)[2].float()).to(out.dtype)
-        halves = (t.unflatten(0, (-1, self._LANES)) for t in layer.ffn_up.weight.chunk(2))
+        halves = (t.unflatten(0, (-1, wide // 2)) for t in layer.ffn_up.weight.chunk(2))
         up = torch.stack(list(halves), 1).flatten(0, 2)
         own = [qkv, out, alone, layer.cross_q.weight, layer.ffn_down.weight, up]
+        # without a pair of bfloat16 the compiler knows no products of them, and takes floats
+        dtype = self._dtype if pair == 2 else torch.float32
         panels = (w.detach().unflatten(0, (-1, wide)).unflatten(-1, (-1, pair)) for w in own)
-        return [panel.transpose(1, 2).contiguous() for panel in panels]
+        return [panel.transpose(1, 2).to(dtype).contiguous() for panel in panels]
 
     def __call__(
         self,

@@ -89,9 +89,10 @@ class FlowPredictor:
             than asked runs the model: PyTorch when ONNX Runtime or its graphs cannot be had,
             another provider when the first cannot. The logger "fpt_model" warns of it.
         compile: of "torch": fuse operations by torch.compile, and on the CPU run a few tokens
-            (one query, a step of joint sampling), and where torch's is slow attention, by C++ of
-            our own. Needs a C++ compiler. Building ours takes seconds, the first time; shapes of a
-            new nature (the first poke, the first batch) do so in each process.
+            (one query, a step of joint sampling), and where torch's is slow many queries of a
+            small model and attention, by C++ of our own. Needs a C++ compiler. Building ours takes
+            seconds, the first time; shapes of a new nature (the first poke, the first
+            batch) do so in each process.
         in_place: of "torch": convert ``model`` itself, which is of no use to others afterwards,
             and so never hold two of it.
 
@@ -119,7 +120,7 @@ class FlowPredictor:
         )
         self.engine, self.backend, self.precision = active.engine, active.backend, active.precision
         self.device, self.providers = self.engine.device, self.engine.providers
-        self.config = model.config
+        self.config, self.compile = model.config, compile
 
     @classmethod
     def load(
@@ -134,7 +135,8 @@ class FlowPredictor:
         """The predictor of a shipped model's name or a file, and of further ``options`` as above.
 
         Takes the least memory: with PyTorch on the CPU no weight is held twice, or in float32 for
-        "bf16". Raises what :func:`~fpt_model.checkpoint.load_model` and the constructor raise.
+        "bf16"; glibc's settings are changed for it (:func:`~fpt_model.allocator.blocks_apart`).
+        Raises what :func:`~fpt_model.checkpoint.load_model` and the constructor raise.
         """
         dtype = torch.float32
         if chosen_backend(backend, graphs) == "torch":
@@ -142,6 +144,18 @@ class FlowPredictor:
         with blocks_apart():
             weights = load_model(model, dtype)
             return cls(weights, backend, device, precision, graphs, in_place=True, **options)
+
+    def warm_up(self) -> None:
+        """Make the first calls, which are slow, and with ``compile`` compile: no, one and several
+        pokes, some queries and as many as a dense flow's.
+
+        Not several hypotheses or samples.
+        """
+        image = np.zeros((self.config.image_size, self.config.image_size, 3), np.uint8)
+        for pokes in range(3 if self.compile else 1):
+            for size in ((8, 8), (32, 32)):
+                none = np.zeros((pokes, 2))
+                self.dense(self.encode(image), none, none, size)
 
     def encode(self, image: NDArray[np.uint8]) -> Scene:
         """Encode a uint8 RGB image ``[H, W, 3]``; ValueError for anything else."""

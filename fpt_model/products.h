@@ -33,6 +33,16 @@ constexpr int ROWS = 4, COLUMNS = 1;
 constexpr int64_t WIDE = COLUMNS * LANES;
 static_assert(E % WIDE == 0);
 
+struct Free {
+  void operator()(C* p) const { std::free(p); }
+};
+using Packed = std::unique_ptr<C[], Free>;
+
+// Not initialised: who writes a page first has it near. Vectors do not cross cache lines.
+inline Packed packed(int64_t n) {
+  return Packed(static_cast<C*>(std::aligned_alloc(64, (n * sizeof(C) + 63) / 64 * 64)));
+}
+
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // sums + one [PAIR] times many [LANES, PAIR]

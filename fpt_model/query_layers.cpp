@@ -6,9 +6,9 @@
 // third. Built on the user's machine by fpt_model/native.py; the layers themselves are explained
 // in fpt_model/model.py.
 //
-// B rows of t tokens each, of which the first P are new pokes, not run here, and the others queries,
-// which see `seen` pokes; W width, H heads, E = W / H (HEAD_DIM), N image tokens. Arrays are
-// contiguous; weights, keys and values have the type T (WEIGHT, float or bfloat16), packed ones C,
+// B rows of t tokens each, of which the first P are new pokes, not run here, and the others
+// queries, which see `seen` pokes; W width, H heads, E = W / H (HEAD_DIM), N image tokens. Arrays
+// are contiguous; keys and values have the type T (WEIGHT, float or bfloat16), packed matrices C,
 // all else is float.
 
 #include "attention.h"
@@ -67,7 +67,8 @@ struct Tile {
   void add(float* x, const std::vector<C>& a, const C* matrix, int64_t k) {
     multiply(a.data(), whole(), k, matrix, k, w, [&](int64_t r, int64_t j, const V* v) {
       float* to = x + r * w + j;
-      for (int c = 0; c < COLUMNS && r < rows; ++c) store(to + c * LANES, load(to + c * LANES) + v[c]);
+      for (int c = 0; c < COLUMNS && r < rows; ++c)
+        store(to + c * LANES, load(to + c * LANES) + v[c]);
     });
   }
 
@@ -146,7 +147,7 @@ extern "C" void run_layers(const Shape* shape, const Layer* layers, const float*
   const int64_t share = (s.batch * queries + s.threads - 1) / s.threads;
   const int64_t tile = std::min(TILE, round_up(share, ROWS));
   const int64_t tiles = (queries + tile - 1) / tile;
-  std::unique_ptr<C[]> keys(new C[maps * E * wide]), values(new C[maps * wide * E]);
+  const Packed keys = packed(maps * E * wide), values = packed(maps * wide * E);
 
 #pragma omp parallel num_threads(s.threads)
   {

@@ -18,7 +18,6 @@ from functools import partial
 from threading import Event, Thread
 from typing import Any
 
-import numpy as np
 import torch
 from diagnostic_msgs.msg import DiagnosticArray
 from lifecycle_msgs.srv import ChangeState
@@ -287,12 +286,7 @@ class FptNode(LifecycleNode):
                 strict=self._value("strict_backend"),
                 compile=self._value("compile"),
             )
-        # The first calls are slow, when compiling with any number of pokes of another nature. They
-        # must not be the first image's.
-        image = np.zeros((predictor.config.image_size, predictor.config.image_size, 3), np.uint8)
-        scene = predictor.encode(image)
-        for pokes in range(3 if self._value("compile") else 1):
-            predictor.dense(scene, np.zeros((pokes, 2)), np.zeros((pokes, 2)), size=(8, 8))
+        predictor.warm_up()  # the first calls are slow, and must not be the first image's
         return predictor
 
     @contextmanager

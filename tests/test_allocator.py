@@ -102,3 +102,34 @@ def test_blocks_apart_leave_no_holes(setting):
     returned, faults = done.stdout.split()
     assert float(returned) > 70  # MiB of 100; some lie where something was free before
     assert int(faults) < 100  # of 4096 a tensor
+
+
+NESTED = """
+import threading
+import torch
+from fpt_model import allocator
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20
+
+def other():
+    with allocator.blocks_apart():
+        pass
+
+with allocator.blocks_apart():
+    thread = threading.Thread(target=other)
+    thread.start()
+    thread.join()
+    tensors = [torch.ones(2**18) for _ in range(200)]  # of 1 MiB
+    before = resident()
+    del tensors[::2]
+    print(before - resident())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of glibc")
+def test_another_thread_may_load_meanwhile():
+    done = subprocess.run(
+        [sys.executable, "-c", NESTED], capture_output=True, text=True, check=True
+    )
+    assert float(done.stdout) > 70
