@@ -83,7 +83,9 @@ class PokeContext:
 def append(past: Tensor | None, pokes: int, new: Tensor) -> Tensor:
     """``new [B, H, P, E]`` behind the first ``pokes`` of ``past``, in place where that has room."""
     if past is None:
-        return new.clone()  # a view would keep the keys and values of all queries alive
+        # a view would keep the keys and values of all queries alive, and with whatever strides the
+        # new ones have torch.compile takes each for another nature
+        return new.clone(memory_format=torch.contiguous_format)
     end = pokes + new.shape[2]
     if past.shape[2] < end:
         return torch.cat([past[:, :, :pokes], new], 2)
@@ -388,7 +390,7 @@ class FlowPokeTransformer(nn.Module):
         if tokens is None:
             tokens = self.tokens(features, poke_pos, poke_flow, query_pos)
         before: Sequence[KeyValue | tuple[None, None]] = [(None, None)] * len(self.layers)
-        if past is not None:
+        if past is not None and past.keys_values[0][0].shape[2]:  # else nothing, and no room
             before = past.keys_values
         x, kept = self.run_layers(
             tokens.x, pokes, tokens.rotation, cond, features.memory, before, known, hidden

@@ -913,6 +913,7 @@ class TestOneDNN:
 PACKED = """
 import torch
 from torch import nn
+from fpt_model.allocator import blocks_apart
 from fpt_model.packed import pack
 
 def resident():
@@ -924,9 +925,10 @@ def layer():  # as in fpt-base, 13 MiB
 
 torch.set_num_threads(1)
 pack(layer())  # loads what is loaded once
-model = nn.Sequential(*(layer() for _ in range(8)))
-before = resident()
-pack(model)
+with blocks_apart():  # as FlowPredictor.load
+    model = nn.Sequential(*(layer() for _ in range(8)))
+    before = resident()
+    pack(model)
 print(resident() - before)
 """
 
