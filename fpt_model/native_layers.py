@@ -29,10 +29,13 @@ MOST_WEIGHTS = 2**22
 class _NativeLayers:
     """Stands in for :meth:`FlowPokeTransformer.run_layers` of one prepared model.
 
-    Hands on to what stood there before what it cannot do. Sums are in float32, also between
-    bfloat16's products. A deep copy of the model goes on using the weights of the first. BuildError
-    where the C++ cannot be built, ValueError for a model that it is not made for.
+    Hands on to what stood there before what it cannot do: several images, queries that see a part
+    of the pokes, and what each kind says. Sums are in float32, also between bfloat16's products. A
+    deep copy of the model goes on using the weights of the first. BuildError where the C++ cannot
+    be built, ValueError for a model that it is not made for.
     """
+
+    _RUNS_POKES: bool  # or hands new ones on, too
 
     def __init__(self, model: FlowPokeTransformer) -> None:
         config, dtype = model.config, model.layers[0].self_qkv.weight.dtype
@@ -68,6 +71,9 @@ class _NativeLayers:
     def __deepcopy__(self, memo: Any) -> _NativeLayers:
         return self  # nothing of it changes, and it keeps its weights
 
+    def _takes(self, batch: int, pokes: int, queries: int) -> bool:
+        raise NotImplementedError
+
     def __call__(
         self,
         x: Tensor,
@@ -80,31 +86,31 @@ class _NativeLayers:
         hidden: Tensor | None = None,
     ) -> tuple[Tensor, list[KeyValue]]:
         """:meth:`FlowPokeTransformer.run_layers`."""
-        raise NotImplementedError
-
-    def _call(
-        self,
-        x: Tensor,
-        pokes: int,
-        seen: int,
-        rotation: Rotation,
-        cond: Tensor,
-        memory: Sequence[KeyValue],
-        kept: Sequence[KeyValue],
-    ) -> None:
-        """Run ``x`` in place; ``seen`` pokes are in ``kept`` before."""
-        batch, tokens, _ = x.shape
+        batch, tokens = x.shape[:2]
+        taken = self._takes(batch, pokes, tokens - pokes)
+        if not taken or len(memory[0][0]) > 1 or hidden is not None:
+            return self._otherwise(x, pokes, rotation, cond, memory, past, known, hidden)
+        x = x.to(torch.float32, copy=True).contiguous()  # is written to
+        new, before = pokes, known
+        if pokes and not self._RUNS_POKES:
+            cos, sin = (t[:, :, :pokes] for t in rotation)
+            x[:, :pokes], past = self._otherwise(
+                x[:, :pokes], pokes, (cos, sin), cond, memory, past, known
+            )
+            new, before = 0, known + pokes
+        kept = [self._with_place(own, batch, before, new) for own in past]
         image_tokens = memory[0][0].shape[2]
         self._check_memory(memory, image_tokens)
         pointers = self._pointers.copy()
         pointers[:, -4:] = [
             [t.data_ptr() for t in (*image, *own)] for image, own in zip(memory, kept, strict=True)
         ]
-        shape = [len(kept), batch, tokens, pokes, seen, kept[0][0].shape[2], self._heads]
+        shape = [len(kept), batch, tokens, pokes, before, kept[0][0].shape[2], self._heads]
         shape += [image_tokens, self._hidden, torch.get_num_threads()]
         sizes = np.array(shape, np.int64)
         inputs = [t.contiguous() for t in (*rotation, cond)] + [x]
         self._function(sizes.ctypes.data, pointers.ctypes.data, *(t.data_ptr() for t in inputs))
+        return x, kept
 
     def _check_memory(self, memory: Sequence[KeyValue], image_tokens: int) -> None:
         """C++ is told where it lies, and nothing else."""
@@ -136,7 +142,9 @@ class _NativeLayers:
 
 
 class FewTokens(_NativeLayers):
-    """For at most `MOST_TOKENS`, of one image, where queries see all pokes."""
+    """For at most `MOST_TOKENS`."""
+
+    _RUNS_POKES = True
 
     def __init__(self, model: FlowPokeTransformer) -> None:
         self.weights: list[nn.Linear] = []  # what must stay as it is
@@ -151,33 +159,14 @@ class FewTokens(_NativeLayers):
         self.weights += own
         return [linear.weight.detach().contiguous() for linear in own]
 
-    def __call__(
-        self,
-        x: Tensor,
-        pokes: int,
-        rotation: Rotation,
-        cond: Tensor,
-        memory: Sequence[KeyValue],
-        past: Sequence[KeyValue | tuple[None, None]],
-        known: int,
-        hidden: Tensor | None = None,
-    ) -> tuple[Tensor, list[KeyValue]]:
-        """:meth:`FlowPokeTransformer.run_layers`."""
-        batch, tokens = x.shape[:2]
-        images = len(memory[0][0])
-        if not 0 < batch * tokens <= MOST_TOKENS or images > 1 or hidden is not None:
-            return self._otherwise(x, pokes, rotation, cond, memory, past, known, hidden)
-        kept = [self._with_place(own, batch, known, pokes) for own in past]
-        x = x.to(torch.float32, copy=True).contiguous()  # is written to
-        self._call(x, pokes, known, rotation, cond, memory, kept)
-        return x, kept
+    def _takes(self, batch: int, pokes: int, queries: int) -> bool:
+        return 0 < batch * (pokes + queries) <= MOST_TOKENS
 
 
 class QueryLayers(_NativeLayers):
-    """For more queries than `MOST_TOKENS`, of one image, that see all pokes, in a small model.
+    """For more queries than `MOST_TOKENS`, in a small model; new pokes do not see them."""
 
-    New pokes, which do not see the queries, it hands on.
-    """
+    _RUNS_POKES = False
 
     def _built(self, symbol: str) -> Any:
         return function("query_layers", symbol, self._head_dim, self._dtype)
@@ -203,28 +192,5 @@ class QueryLayers(_NativeLayers):
         panels = (w.detach().unflatten(0, (-1, wide)).unflatten(-1, (-1, pair)) for w in own)
         return [panel.transpose(1, 2).to(dtype).contiguous() for panel in panels]
 
-    def __call__(
-        self,
-        x: Tensor,
-        pokes: int,
-        rotation: Rotation,
-        cond: Tensor,
-        memory: Sequence[KeyValue],
-        past: Sequence[KeyValue | tuple[None, None]],
-        known: int,
-        hidden: Tensor | None = None,
-    ) -> tuple[Tensor, list[KeyValue]]:
-        """:meth:`FlowPokeTransformer.run_layers`."""
-        batch, tokens = x.shape[:2]
-        few = batch * (tokens - pokes) <= MOST_TOKENS
-        if few or len(memory[0][0]) > 1 or hidden is not None:
-            return self._otherwise(x, pokes, rotation, cond, memory, past, known, hidden)
-        x = x.to(torch.float32, copy=True).contiguous()  # is written to
-        if pokes:
-            cos, sin = (t[:, :, :pokes] for t in rotation)
-            x[:, :pokes], past = self._otherwise(
-                x[:, :pokes], pokes, (cos, sin), cond, memory, past, known
-            )
-        kept = [self._with_place(own, batch, known + pokes, 0) for own in past]
-        self._call(x, pokes, known + pokes, rotation, cond, memory, kept)
-        return x, kept
+    def _takes(self, batch: int, pokes: int, queries: int) -> bool:
+        return batch * queries > MOST_TOKENS

@@ -12,11 +12,11 @@ import pytest
 import torch
 from closeness import assert_close
 from compilers import needs_compiler
+from layer_runs import TOLERANCE, assert_run_alike
 from random_weights import randomised
 
 from fpt_model import FlowPokeTransformer, FlowPredictor, FPTConfig, native, native_layers
 from fpt_model.backends import Precision
-from fpt_model.encoder import preprocess
 from fpt_model.engine import PRECISIONS, TorchEngine, prepare, try_few_tokens
 from fpt_model.native_layers import FewTokens
 
@@ -64,12 +64,7 @@ def test_few_tokens_are_run_alike(
         own(*arguments)
 
     runs._function = function
-    rng = np.random.default_rng(0)
-    image = rng.integers(0, 256, (48, 64, 3), dtype=np.uint8)
-    x = preprocess(image, model.config).numpy()
-    features = plain.encode(x)
-    tolerance = {"fp32": 1e-5, "bf16": 0.03}[precision]
-    for rows, first, later in (
+    cases = (
         (1, (0, 1), (0, 3)),
         (1, (1, 1), (1, 0)),
         (2, (3, 4), (1, 1)),
@@ -77,24 +72,8 @@ def test_few_tokens_are_run_alike(
         (1, (6, 10), (2, 9)),
         (1, (20, 30), (1, 5)),  # first too many tokens
         (1, (1, 1), (5, 13)),  # later too many
-    ):
-        contexts: list[Any] = [None, None]
-        for static, (pokes, queries) in ((True, first), (False, later), (True, later)):
-            arguments = (
-                rng.random((rows, pokes, 2), np.float32),
-                rng.normal(0, 0.1, (rows, pokes, model.config.flow_dim)).astype(np.float32),
-                rng.random((rows, queries, 2), np.float32),
-                static,
-            )
-            (expected, contexts[0]), (found, contexts[1]) = (
-                engine.run(features, context, *arguments)
-                for engine, context in zip((plain, few), contexts, strict=True)
-            )
-            scale = max(1.0, np.abs(expected).max(initial=0))
-            assert_close(found, expected, tolerance * scale)
-            assert contexts[0].pokes == contexts[1].pokes
-            if rows == 1:
-                contexts = [c.with_room(1, 7) for c in contexts]
+    )
+    assert_run_alike(plain, few, precision, cases)
     assert len(used) == 18  # the other 3 are too many tokens
 
 
@@ -167,7 +146,7 @@ def test_the_compiled_engine_uses_it(
         )
     )
     assert len(calls) == 1
-    assert_close(found.means, expected.means, {"fp32": 1e-5, "bf16": 0.03}[precision])
+    assert_close(found.means, expected.means, TOLERANCE[precision])
 
 
 @needs_compiler

@@ -14,12 +14,12 @@ import pytest
 import torch
 from closeness import assert_close
 from compilers import needs_compiler
+from layer_runs import TOLERANCE, assert_run_alike
 from random_weights import randomised
 from torch import Tensor
 from torch._dynamo.utils import counters
 
 from fpt_model import FlowPokeTransformer, FlowPredictor, FPTConfig, engine, native, native_layers
-from fpt_model.encoder import preprocess
 from fpt_model.engine import PRECISIONS, TorchEngine, prepare, use_query_layers
 from fpt_model.native import compiler
 from fpt_model.native_layers import QueryLayers
@@ -31,7 +31,6 @@ pytestmark = [
     pytest.mark.skipif("avx512f" not in "".join(_cpuinfo("flags")), reason="needs AVX-512"),
 ]
 PRECISION = pytest.mark.parametrize("precision", ["fp32", "bf16"])
-TOLERANCE = {"fp32": 1e-5, "bf16": 0.03}
 
 
 @pytest.fixture(params=[1, 2, 5])
@@ -83,37 +82,17 @@ def test_many_queries_are_run_alike(
     many.model = prepare(model, torch.device("cpu"), PRECISIONS[precision])
     runs = many.model.run_layers = QueryLayers(many.model)
     calls = counting(runs)
-    rng = np.random.default_rng(0)
-    image = rng.integers(0, 256, (48, 64, 3), dtype=np.uint8)
-    features = plain.encode(preprocess(image, model.config).numpy())
-    used = []
-    for rows, first, later in (
+    cases = (
         (1, (0, 17), (0, 100)),
         (1, (1, 250), (2, 30)),  # tiles, the last not full, and blocks that are not
         (1, (40, 96), (1, 40)),
         (3, (2, 40), (3, 17)),
         (5, (0, 7), (1, 101)),
         (1, (1, 16), (20, 0)),  # few, none
-    ):
-        contexts: list[Any] = [None, None]
-        for static, (pokes, queries) in ((True, first), (False, later), (True, later)):
-            arguments = (
-                rng.random((rows, pokes, 2), np.float32),
-                rng.normal(0, 0.1, (rows, pokes, model.config.flow_dim)).astype(np.float32),
-                rng.random((rows, queries, 2), np.float32),
-                static,
-            )
-            (expected, contexts[0]), (found, contexts[1]) = (
-                engine.run(features, context, *arguments)
-                for engine, context in zip((plain, many), contexts, strict=True)
-            )
-            scale = max(1.0, np.abs(expected).max(initial=0))
-            assert_close(found, expected, TOLERANCE[precision] * scale)
-            assert contexts[0].pokes == contexts[1].pokes
-            if rows * queries > 16:
-                used.append((rows, queries))
-            if rows == 1:
-                contexts = [c.with_room(1, 7) for c in contexts]
+    )
+    assert_run_alike(plain, many, precision, cases)
+    used = [(rows, n) for rows, first, later in cases for _, n in (first, later, later)]
+    used = [(rows, queries) for rows, queries in used if rows * queries > 16]
     assert [(c[1], c[2] - c[3]) for c in calls] == used
 
 
