@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
-// Softmax attention of heads of E channels, for the C++ that is built on the user's machine by
-// fpt_model/native.py: of a few rows to keys and values as they are, and of blocks of ROWS to
-// packed ones.
+// Norms, and softmax attention of heads of E channels, for the C++ that is built on the user's
+// machine by fpt_model/native.py: of a few rows to keys and values as they are, and of blocks of
+// ROWS to packed ones.
 
 #pragma once
 
@@ -10,6 +10,15 @@
 namespace {
 
 constexpr float EPS = 1e-6f;  // of all norms
+
+// RMS norm of x [w] times scale [w]; out may be x.
+template <class To>
+inline void normalise(const float* x, const float* scale, int64_t w, To* out) {
+  V squares{};
+  for (int64_t i = 0; i < w; i += LANES) squares += load(x + i) * load(x + i);
+  const float factor = 1 / std::sqrt(sum(squares) / w + EPS);
+  for (int64_t i = 0; i < w; i += LANES) put(out + i, load(x + i) * factor * load(scale + i));
+}
 
 // Queries or keys x [E] get the length sqrt(|scale|) and are turned; see layers.rotated_cosine.
 template <class To>

@@ -109,18 +109,14 @@ void run(const Shape& s, const Layer* layers, const float* cos, const float* sin
     // of x + more, where more is given
     auto norm = [&](const float* scales, const float* more) {
       for (int64_t r = 0; r < rows; ++r) {
-        const float *in = x + r * w, *add = more ? more + r * w : nullptr;
-        const float* scale = scales + camera_static[r / s.tokens] * w;
+        const float* in = x + r * w;
         float* out = normed.data() + r * w;
-        V squares{};
-        for (int64_t i = 0; i < w; i += LANES) {
-          const V v = add ? load(in + i) + load(add + i) : load(in + i);
-          squares += v * v;
-          store(out + i, v);
+        if (more) {
+          for (int64_t i = 0; i < w; i += LANES)
+            store(out + i, load(in + i) + load(more + r * w + i));
+          in = out;
         }
-        const float factor = 1 / std::sqrt(sum(squares) / w + EPS);
-        for (int64_t i = 0; i < w; i += LANES)
-          store(out + i, load(out + i) * factor * load(scale + i));
+        normalise(in, scales + camera_static[r / s.tokens] * w, w, out);
       }
     };
     auto stepped = [&](const std::vector<float>& rows_of_x) {

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -120,7 +120,7 @@ class FlowPredictor:
         )
         self.engine, self.backend, self.precision = active.engine, active.backend, active.precision
         self.device, self.providers = self.engine.device, self.engine.providers
-        self.config, self.compile = model.config, compile
+        self.config, self._compile = model.config, compile
 
     @classmethod
     def load(
@@ -151,11 +151,13 @@ class FlowPredictor:
 
         Not several hypotheses or samples.
         """
-        image = np.zeros((self.config.image_size, self.config.image_size, 3), np.uint8)
-        for pokes in range(3 if self.compile else 1):
-            for size in ((8, 8), (32, 32)):
-                none = np.zeros((pokes, 2))
-                self.dense(self.encode(image), none, none, size)
+        scene = self.encode(np.zeros((self.config.image_size, self.config.image_size, 3), np.uint8))
+        kinds = [(0, (8, 8))]
+        if self._compile:
+            kinds = [(pokes, size) for pokes in range(3) for size in ((8, 8), (32, 32))]
+        for pokes, size in kinds:
+            poke = np.zeros((pokes, 2))
+            self.dense(replace(scene, known={}), poke, poke, size)
 
     def encode(self, image: NDArray[np.uint8]) -> Scene:
         """Encode a uint8 RGB image ``[H, W, 3]``; ValueError for anything else."""

@@ -53,14 +53,8 @@ struct Tile {
   int64_t whole() const { return round_up(rows, ROWS); }
 
   void norm(const float* x, const float* scales, bool camera_static) {
-    const float* scale = scales + camera_static * w;
-    for (int64_t r = 0; r < rows; ++r, x += w) {
-      V squares{};
-      for (int64_t i = 0; i < w; i += LANES) squares += load(x + i) * load(x + i);
-      const float factor = 1 / std::sqrt(sum(squares) / w + EPS);
-      for (int64_t i = 0; i < w; i += LANES)
-        put(&normed[r * w + i], load(x + i) * factor * load(scale + i));
-    }
+    for (int64_t r = 0; r < rows; ++r)
+      normalise(x + r * w, scales + camera_static * w, w, &normed[r * w]);
   }
 
   // x + a times a packed matrix [k, W]

@@ -2,7 +2,6 @@
 """fpt_model.native_layers.FewTokens: C++ that runs the layers for a few tokens as PyTorch does."""
 
 import copy
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,19 +16,10 @@ from random_weights import randomised
 
 from fpt_model import FlowPokeTransformer, FlowPredictor, FPTConfig, native, native_layers
 from fpt_model.backends import Precision
-from fpt_model.engine import PRECISIONS, TorchEngine, prepare, try_few_tokens
+from fpt_model.engine import prepare, try_few_tokens
 from fpt_model.native_layers import FewTokens
 
 pytestmark = pytest.mark.usefixtures("build_cache")
-
-
-@pytest.fixture(params=[1, 2, 5])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    """Fewer than the model's 3 heads, and more."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -53,17 +43,6 @@ def test_few_tokens_are_run_alike(
     model: FlowPokeTransformer, precision: Precision, threads: int
 ) -> None:
     """Pokes, queries, hypotheses; a context that grows, with room and without."""
-    plain = TorchEngine(model, "cpu", precision)
-    few = copy.copy(plain)
-    few.model = prepare(model, torch.device("cpu"), PRECISIONS[precision])
-    runs = few.model.run_layers = FewTokens(few.model)
-    used = []
-
-    def function(*arguments: int, own: Any = runs._function) -> None:
-        used.append(arguments)
-        own(*arguments)
-
-    runs._function = function
     cases = (
         (1, (0, 1), (0, 3)),
         (1, (1, 1), (1, 0)),
@@ -73,7 +52,7 @@ def test_few_tokens_are_run_alike(
         (1, (20, 30), (1, 5)),  # first too many tokens
         (1, (1, 1), (5, 13)),  # later too many
     )
-    assert_run_alike(plain, few, precision, cases)
+    used = assert_run_alike(model, precision, FewTokens, cases)
     assert len(used) == 18  # the other 3 are too many tokens
 
 

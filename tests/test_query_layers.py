@@ -2,9 +2,7 @@
 """fpt_model.native_layers.QueryLayers: C++ that runs many queries as PyTorch does."""
 
 import copy
-import ctypes
 import logging
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,13 +12,13 @@ import pytest
 import torch
 from closeness import assert_close
 from compilers import needs_compiler
-from layer_runs import TOLERANCE, assert_run_alike
+from layer_runs import TOLERANCE, assert_run_alike, counting
 from random_weights import randomised
 from torch import Tensor
 from torch._dynamo.utils import counters
 
 from fpt_model import FlowPokeTransformer, FlowPredictor, FPTConfig, engine, native, native_layers
-from fpt_model.engine import PRECISIONS, TorchEngine, prepare, use_query_layers
+from fpt_model.engine import PRECISIONS, prepare, use_query_layers
 from fpt_model.native import compiler
 from fpt_model.native_layers import QueryLayers
 from fpt_model.processor import _cpuinfo
@@ -31,14 +29,6 @@ pytestmark = [
     pytest.mark.skipif("avx512f" not in "".join(_cpuinfo("flags")), reason="needs AVX-512"),
 ]
 PRECISION = pytest.mark.parametrize("precision", ["fp32", "bf16"])
-
-
-@pytest.fixture(params=[1, 2, 5])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 def small(head_dim: int) -> FlowPokeTransformer:
@@ -60,28 +50,11 @@ def model(request: pytest.FixtureRequest) -> FlowPokeTransformer:
     return small(request.param)
 
 
-def counting(layers: QueryLayers) -> list[list[int]]:
-    """The shape of each call into C++ from now on."""
-    calls: list[list[int]] = []
-
-    def function(shape: int, *arguments: int, own: Any = layers._function) -> None:
-        calls.append(list((ctypes.c_int64 * 10).from_address(shape)))
-        own(shape, *arguments)
-
-    layers._function = function
-    return calls
-
-
 @PRECISION
 def test_many_queries_are_run_alike(
     model: FlowPokeTransformer, precision: str, threads: int
 ) -> None:
     """Pokes, queries, hypotheses; a context that grows, with room and without."""
-    plain = TorchEngine(model, "cpu", precision)
-    many = copy.copy(plain)
-    many.model = prepare(model, torch.device("cpu"), PRECISIONS[precision])
-    runs = many.model.run_layers = QueryLayers(many.model)
-    calls = counting(runs)
     cases = (
         (1, (0, 17), (0, 100)),
         (1, (1, 250), (2, 30)),  # tiles, the last not full, and blocks that are not
@@ -90,7 +63,7 @@ def test_many_queries_are_run_alike(
         (5, (0, 7), (1, 101)),
         (1, (1, 16), (20, 0)),  # few, none
     )
-    assert_run_alike(plain, many, precision, cases)
+    calls = assert_run_alike(model, precision, QueryLayers, cases)
     used = [(rows, n) for rows, first, later in cases for _, n in (first, later, later)]
     used = [(rows, queries) for rows, queries in used if rows * queries > 16]
     assert [(c[1], c[2] - c[3]) for c in calls] == used
