@@ -7,7 +7,8 @@ newest image and all after it, those with a stamp are for that image. What the w
 written with the time at which the message was recorded that called for it, as if answering took no
 time.
 
-The same bag, model and parameters on the same machine give the same bytes in every message.
+The same bag, model and parameters give the same bytes in every message, on the same machine with
+the same number of threads.
 """
 
 from __future__ import annotations

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from fpt_ros import environment
 
-# At import, since Fast DDS and the renderer read these once, when they are first loaded.
+# At import, since Fast DDS, the renderer and OpenMP read these once, when they are first loaded.
+# So nothing above may load torch: it would take all cores, and the processes that tests start one.
 os.environ.update(environment.defaults())
 _domain, _claim = environment.claim_domain_id()  # held until pytest ends
 os.environ["ROS_DOMAIN_ID"] = str(_domain)
@@ -42,6 +42,8 @@ def build_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(params=[1, 2, 5])
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     """torch's, of which there may be more than a small model has heads."""
+    import torch  # loaded late: see above
+
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
     yield request.param
