@@ -90,22 +90,23 @@ class _NativeLayers:
         taken = self._takes(batch, pokes, tokens - pokes)
         if not taken or len(memory[0][0]) > 1 or hidden is not None:
             return self._otherwise(x, pokes, rotation, cond, memory, past, known, hidden)
-        x = x.to(torch.float32, copy=True).contiguous()  # is written to
-        new, before = pokes, known
         if pokes and not self._RUNS_POKES:
-            cos, sin = (t[:, :, :pokes] for t in rotation)
-            x[:, :pokes], past = self._otherwise(
-                x[:, :pokes], pokes, (cos, sin), cond, memory, past, known
+            (before, of_pokes), (after, of_queries) = (
+                (x[:, part], (rotation[0][:, :, part], rotation[1][:, :, part]))
+                for part in (slice(pokes), slice(pokes, None))
             )
-            new, before = 0, known + pokes
-        kept = [self._with_place(own, batch, before, new) for own in past]
+            before, past = self._otherwise(before, pokes, of_pokes, cond, memory, past, known)
+            after, past = self(after, 0, of_queries, cond, memory, past, known + pokes)
+            return torch.cat([before.float(), after], 1), past
+        x = x.to(torch.float32, copy=True).contiguous()  # is written to
+        kept = [self._with_place(own, batch, known, pokes) for own in past]
         image_tokens = memory[0][0].shape[2]
         self._check_memory(memory, image_tokens)
         pointers = self._pointers.copy()
         pointers[:, -4:] = [
             [t.data_ptr() for t in (*image, *own)] for image, own in zip(memory, kept, strict=True)
         ]
-        shape = [len(kept), batch, tokens, pokes, before, kept[0][0].shape[2], self._heads]
+        shape = [len(kept), batch, tokens, pokes, known, kept[0][0].shape[2], self._heads]
         shape += [image_tokens, self._hidden, torch.get_num_threads()]
         sizes = np.array(shape, np.int64)
         inputs = [t.contiguous() for t in (*rotation, cond)] + [x]

@@ -6,10 +6,9 @@
 // third. Built on the user's machine by fpt_model/native.py; the layers themselves are explained
 // in fpt_model/model.py.
 //
-// B rows of t tokens each, of which the first P are new pokes, not run here, and the others
-// queries, which see `seen` pokes; W width, H heads, E = W / H (HEAD_DIM), N image tokens. Arrays
-// are contiguous; keys and values have the type T (WEIGHT, float or bfloat16), packed matrices C,
-// all else is float.
+// B rows of t queries each, which see `seen` pokes; W width, H heads, E = W / H (HEAD_DIM), N image
+// tokens. Arrays are contiguous; keys and values have the type T (WEIGHT, float or bfloat16),
+// packed matrices C, all else is float.
 
 #include "attention.h"
 
@@ -29,18 +28,18 @@ struct Layer {
 };
 
 struct Shape {
-  int64_t layers, batch, tokens, pokes, seen, room, heads, image_tokens, hidden, threads;
-};
+  int64_t layers, batch, tokens, new_pokes, seen, room, heads, image_tokens, hidden, threads;
+};  // new_pokes: none
 
 inline V silu(V x) {
   const V e = exp_of_negative(x < 0 ? x : -x);
   return x * (x < 0 ? e : V{} + 1) / (1 + e);
 }
 
-// One thread's: x [rows, W] of a tile, and what becomes of it.
+// One thread's: x [rows, W] of a tile, and what becomes of it. Rows are counted through the batch.
 struct Tile {
   const Shape& s;
-  int64_t w, rows = 0, batch = 0, token = 0;  // rows, from the token of the row of the batch
+  int64_t w, first = 0, rows = 0;
   std::vector<float> qkv, logits;
   std::vector<C> normed, attended, gated;
   Room room;
@@ -52,9 +51,30 @@ struct Tile {
   // of blocks of ROWS; what is beyond the rows is computed and thrown away
   int64_t whole() const { return round_up(rows, ROWS); }
 
-  void norm(const float* x, const float* scales, bool camera_static) {
-    for (int64_t r = 0; r < rows; ++r)
-      normalise(x + r * w, scales + camera_static * w, w, &normed[r * w]);
+  // body(b, t, r, n): from the tile's row r on n rows are the queries from t of the batch's row b
+  template <class Body>
+  void each(Body body) const {
+    for (int64_t r = 0, n; r < rows; r += n) {
+      const int64_t b = (first + r) / s.tokens, t = (first + r) % s.tokens;
+      n = std::min(rows - r, s.tokens - t);
+      body(b, t, r, n);
+    }
+  }
+
+  // body(r, angle): for each row, and where its cosines and sines for a head are
+  template <class Body>
+  void each_angle(int64_t h, Body body) const {
+    each([&](int64_t b, int64_t t, int64_t r, int64_t n) {
+      for (int64_t i = 0; i < n; ++i)
+        body(r + i, ((b * s.heads + h) * s.tokens + t + i) * (E / 2));
+    });
+  }
+
+  void norm(const float* x, const float* scales, const int64_t* camera_static) {
+    each([&](int64_t b, int64_t, int64_t r, int64_t n) {
+      for (const int64_t end = r + n; r < end; ++r)
+        normalise(x + r * w, scales + camera_static[b] * w, w, &normed[r * w]);
+    });
   }
 
   // x + a times a packed matrix [k, W]
@@ -76,15 +96,18 @@ struct Tile {
                for (int c = 0; c < COLUMNS; ++c) store(&qkv[r * 3 * w + j + c * LANES], v[c]);
              });
     for (int64_t h = 0; h < s.heads; ++h) {
-      float* q = qkv.data() + h * E;
-      for (int64_t r = 0; r < rows; ++r)
-        for (float* x : {q + r * 3 * w, q + r * 3 * w + w}) {
-          const int64_t at = ((batch * s.heads + h) * s.tokens + token + r) * (E / 2);
+      float* of_head = qkv.data() + h * E;
+      each_angle(h, [&](int64_t r, int64_t at) {
+        for (float* x : {of_head + r * 3 * w, of_head + r * 3 * w + w})
           rotate(x, layer.self_scale[h], cos + at, sin + at, x);
-        }
-      const int64_t map = (batch * s.heads + h) * s.room * E;
-      attend(rows, q, layer.poke_k + map, layer.poke_v + map, s.seen, q + w, q + 2 * w, 3 * w,
-             logits.data(), q);  // in place of the queries: each is read before its result is there
+      });
+      // in place of the queries: each is read before its result is there
+      each([&](int64_t b, int64_t, int64_t r, int64_t n) {
+        const int64_t map = (b * s.heads + h) * s.room * E;
+        float* q = of_head + r * 3 * w;
+        attend(n, q, layer.poke_k + map, layer.poke_v + map, s.seen, q + w, q + 2 * w, 3 * w,
+               logits.data(), q);
+      });
     }
     for (int64_t r = 0; r < rows; ++r)
       for (int64_t i = 0; i < w; i += LANES) put(&attended[r * w + i], load(&qkv[r * 3 * w + i]));
@@ -99,16 +122,15 @@ struct Tile {
              });
     const int64_t packed = round_up(s.image_tokens, WIDE) * E;
     for (int64_t h = 0; h < s.heads; ++h) {
-      for (int64_t r = 0; r < rows; ++r) {
-        const int64_t at = ((batch * s.heads + h) * s.tokens + token + r) * (E / 2);
+      each_angle(h, [&](int64_t r, int64_t at) {
         rotate(&qkv[r * w + h * E], layer.cross_scale[h], cos + at, sin + at,
                &attended[r * w + h * E]);
-      }
-      for (int64_t first = 0; first < rows; first += ROWS)
-        attend_packed(&attended[first * w + h * E], w, keys + h * packed, values + h * packed,
+      });
+      for (int64_t block = 0; block < rows; block += ROWS)
+        attend_packed(&attended[block * w + h * E], w, keys + h * packed, values + h * packed,
                       s.image_tokens, 1.0f, room, [&](int64_t r, int64_t j, const V* v) {
-                        float* to = x + (first + r) * w + h * E + j;
-                        for (int c = 0; c < COLUMNS && first + r < rows; ++c)
+                        float* to = x + (block + r) * w + h * E + j;
+                        for (int c = 0; c < COLUMNS && block + r < rows; ++c)
                           store(to + c * LANES, load(to + c * LANES) + v[c]);
                       });
     }
@@ -131,16 +153,14 @@ extern "C" void packing(int64_t* pair_and_wide) {
   pair_and_wide[1] = WIDE;
 }
 
-// The queries of x [B, t, W] are changed in place. cos, sin [B, H, t, E / 2]; camera_static [B].
+// x [B, t, W] is changed in place. cos, sin [B, H, t, E / 2]; camera_static [B].
 extern "C" void run_layers(const Shape* shape, const Layer* layers, const float* cos,
                            const float* sin, const int64_t* camera_static, float* x) {
   const Shape& s = *shape;
-  const int64_t w = s.heads * E, queries = s.tokens - s.pokes;
+  const int64_t w = s.heads * E, rows = s.batch * s.tokens;
   const int64_t wide = round_up(s.image_tokens, WIDE), maps = s.layers * s.heads;
   // as large as may be, and as many for each thread
-  const int64_t share = (s.batch * queries + s.threads - 1) / s.threads;
-  const int64_t tile = std::min(TILE, round_up(share, ROWS));
-  const int64_t tiles = (queries + tile - 1) / tile;
+  const int64_t tile = std::min(TILE, round_up((rows + s.threads - 1) / s.threads, ROWS));
   const Packed keys = packed(maps * E * wide), values = packed(maps * wide * E);
 
 #pragma omp parallel num_threads(s.threads)
@@ -157,21 +177,19 @@ extern "C" void run_layers(const Shape* shape, const Layer* layers, const float*
 
     Tile own(s);
 #pragma omp for schedule(dynamic)
-    for (int64_t job = 0; job < s.batch * tiles; ++job) {
-      own.batch = job / tiles;
-      own.token = s.pokes + job % tiles * tile;
-      own.rows = std::min(tile, s.tokens - own.token);
-      float* rows = x + (own.batch * s.tokens + own.token) * w;
-      const bool flag = camera_static[own.batch];
+    for (int64_t first = 0; first < rows; first += tile) {
+      own.first = first;
+      own.rows = std::min(tile, rows - first);
+      float* of_tile = x + first * w;
       for (int64_t l = 0; l < s.layers; ++l) {
         const Layer& layer = layers[l];
         const int64_t map = l * s.heads * E * wide;
-        own.norm(rows, layer.self_norm, flag);
-        own.self(layer, rows, cos, sin);
-        own.norm(rows, layer.cross_norm, flag);
-        own.cross(layer, rows, cos, sin, keys.get() + map, values.get() + map);
-        own.norm(rows, layer.ffn_norm, flag);
-        own.feed_forward(layer, rows);
+        own.norm(of_tile, layer.self_norm, camera_static);
+        own.self(layer, of_tile, cos, sin);
+        own.norm(of_tile, layer.cross_norm, camera_static);
+        own.cross(layer, of_tile, cos, sin, keys.get() + map, values.get() + map);
+        own.norm(of_tile, layer.ffn_norm, camera_static);
+        own.feed_forward(layer, of_tile);
       }
     }
   }
