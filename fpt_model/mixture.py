@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -13,6 +14,7 @@ Array = NDArray[np.float64]
 Reduce = Literal["mean", "median", "mode"]
 
 _MEDIAN_FLOOR = 1e-2  # of the common spread is kept, so that the expected distance is smooth
+_DRAWS = 2**16  # motions drawn at a time where their number is the caller's: bounds the memory
 _MEDIAN_STEPS, _MEDIAN_GAIN = 40, 1e-9  # at most; the relative gain below which it has converged
 
 
@@ -321,11 +323,11 @@ class FlowMixture:
         similarity measure based on approximations of KL-divergence between two Gaussian mixtures"
         (ICCV 2003), which the FPT paper uses. It is an upper bound where no two components match
         the same one of ``other``, and can even be negative where some do. ``monte_carlo``
-        estimates the true value.
+        estimates the true value from so many ``samples`` of each point. The batch shapes are
+        broadcast. ValueError for another method, or fewer than one sample.
         """
         if method == "monte_carlo":
-            draws = self.sample(samples, np.random.default_rng(seed))
-            return np.mean(self.log_prob(draws) - other.log_prob(draws), 0)
+            return self._sampled_kl(other, samples, np.random.default_rng(seed))
         if method != "matched":
             raise ValueError(f'method must be "matched" or "monte_carlo", received {method!r}')
         pair = self.component_kl(other)  # [..., K, K']
@@ -334,6 +336,20 @@ class FlowMixture:
         # a component of weight 0, whose logarithm is infinite, adds nothing
         terms = np.where(self.weights > 0, best + self.log_weights, 0.0)
         return np.sum(self.weights * terms, -1)
+
+    def _sampled_kl(self, other: FlowMixture, samples: int, rng: np.random.Generator) -> Array:
+        if samples < 1:
+            raise ValueError(f"samples must be >= 1, received {samples}")
+        shape = np.broadcast_shapes(self.shape, other.shape)
+        arrays = self.log_weights, self.means, self.scale_tril
+        drawn_from = FlowMixture(
+            *(np.broadcast_to(a, shape + a.shape[len(self.shape) :]) for a in arrays)
+        )
+        at_once, total = max(1, _DRAWS // max(1, math.prod(shape))), np.zeros(shape)
+        for left in range(samples, 0, -at_once):
+            draws = drawn_from.sample(min(left, at_once), rng)
+            total += np.sum(self.log_prob(draws) - other.log_prob(draws), 0)
+        return total / samples
 
     def component_kl(self, other: FlowMixture) -> Array:
         """``[..., K, K']``: closed-form KL between each pair of Gaussian components, in nats.

@@ -260,6 +260,19 @@ class TestMixture:
         estimate = p.kl(q, method="monte_carlo", samples=100_000)
         assert_close(estimate, true, 0.05 * true.max())
 
+    def test_sampled_kl_broadcasts_as_the_matched_does(self) -> None:
+        """Of single Gaussians, of which the matched is exact."""
+        points = random_mixture()
+        several = FlowMixture(np.zeros((6, 1)), points.means[:, :1], points.scale_tril[:, :1])
+        one, many = several[0], several[1:4]
+        rows = FlowMixture(*(array[:, None] for array in vars(several[4:]).values()))
+        for p, q in ((one, many), (many, one), (rows, many), (many, rows)):
+            exact = p.kl(q)
+            assert_close(p.kl(q, "monte_carlo", samples=40_000), exact, 0.05 * exact.max())
+            assert p.kl(q, "monte_carlo", samples=3).shape == exact.shape  # as many as points
+        with pytest.raises(ValueError, match="samples must be >= 1, received 0"):
+            one.kl(many, "monte_carlo", samples=0)
+
     def test_matched_kl(self) -> None:
         """Exact for one component; sums over matched pairs of well separated ones."""
         p, q = random_mixture(0), random_mixture(1)
