@@ -6,11 +6,12 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import sys
 import threading
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -41,8 +42,13 @@ _PREFIXES = (
     ("transformer.layers.", "layers."),
     ("out_mlp.", "head."),
 )
-# of its tensors those that are never applied, or constants
-_UNUSED = (".cross_out.weight", "pos_emb.freqs", "input_mlp.coeffs", "mask_token")
+# of its tensors those that are never applied
+_UNUSED = re.compile(
+    r"transformer\.layers\.\d+\.cross_out\.weight|image_embedder\.model\.mask_token"
+)
+# and the constants, which ours computes
+_CONSTANTS = {"transformer.pos_emb.freqs": "rope.freqs", "input_mlp.coeffs": "embed.coeffs"}
+_ROUNDING = 5e-3  # relative, of what may be stored in bfloat16
 _UNUSED_PARAMETERS = 5000  # at most, that timm makes and features_only then leaves out
 _QUERY = "embed.query_token"
 _POSITIONS = "encoder.backbone.pos_embed"
@@ -64,7 +70,9 @@ def shipped_model_folders() -> list[Path]:
 
 def resolve_model(model: str | os.PathLike[str]) -> Path:
     """The file of a shipped model's name or of a path; FileNotFoundError says what was tried."""
-    path = Path(model).expanduser()
+    path = Path(model)
+    with suppress(RuntimeError):  # ~ of a user who is not there
+        path = path.expanduser()
     if path.is_file():
         return path
     folders = shipped_model_folders()
@@ -101,28 +109,46 @@ def load_model(
     if path.suffix == ".safetensors":
         return _load_safetensors(path, dtype)
     state: Mapping[str, Any]
-    if _can_map(path):
+    if _is_archive(path):
         state = _MappedFile(path, partial(_open_published, path, mmap=True))
     else:
         state = _open_published(path, mmap=False)
-    return from_reference(state, FPT_BASE, dtype)
+    return from_reference(state, FPT_BASE, dtype, str(path))
 
 
-def _can_map(path: Path) -> bool:
-    """Zip archives, what torch writes today; torch would take compressed bytes for weights."""
+def _is_archive(path: Path) -> bool:
+    """Whether it is a zip archive, what torch writes today; CheckpointError for one not to be used.
+
+    torch neither compares checksums nor bounds what it inflates.
+    """
+    if not zipfile.is_zipfile(path):
+        return False
     try:
         with zipfile.ZipFile(path) as archive:
-            return all(part.compress_type == zipfile.ZIP_STORED for part in archive.infolist())
-    except (zipfile.BadZipFile, OSError):
-        return False
+            for part in archive.infolist():
+                if part.compress_type != zipfile.ZIP_STORED:
+                    raise CheckpointError(
+                        f"{path}: its part {part.filename!r} is compressed, expected all stored "
+                        "as they are, as torch writes them"
+                    )
+            damaged = archive.testzip()
+    except CheckpointError:
+        raise
+    except Exception as error:  # zipfile raises many types for damaged or hostile files
+        raise CheckpointError(f"{path} is not a readable archive: {error!r}") from error
+    if damaged is not None:
+        raise CheckpointError(f"{path} is damaged: the checksum of its part {damaged!r} is another")
+    return True
 
 
 def _open_published(path: Path, mmap: bool) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # torch raises many types for damaged or hostile files
+        # without torch's advice on how to run their code all the same
+        text = str(error).partition("WeightsUnpickler error: ")[2] or str(error) or repr(error)
         raise CheckpointError(
-            f"{path} is not a readable weights-only checkpoint: {error}"
+            f"{path} is not a readable weights-only checkpoint: {text.splitlines()[0]}"
         ) from error
     state = content.get("model") if isinstance(content, dict) else None
     if not isinstance(state, dict):
@@ -142,7 +168,7 @@ def _load_safetensors(path: Path, dtype: torch.dtype) -> FlowPokeTransformer:
             f"encoder_kwargs.{name}": np.sum(config.encoder_kwargs.get(name, 0), dtype=float)
             for name in ("depth", "depths", "layers")
         }
-    except (ValueError, TypeError, RecursionError) as error:
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:
         raise CheckpointError(f"{path} has an unusable configuration: {error}") from error
     made = {name: partial(state.__getitem__, name) for name in state}
     # before as many layers are built as it says
@@ -211,6 +237,9 @@ class _MappedFile(Mapping[str, Any], Generic[_Content]):
             ) from error
         return value
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
 
@@ -232,7 +261,8 @@ def save_model(
 ) -> None:
     """Write weights (as ``dtype``) and configuration to one safetensors file, atomically.
 
-    Raises ValueError for a model that an engine converted in place: some weights are gone.
+    Raises OSError, and ValueError for a model that an engine converted in place, of which some
+    weights are gone, or with a weight that is not finite in ``dtype``.
     """
     refuse_prepared(model)
     path = Path(path)
@@ -240,9 +270,15 @@ def save_model(
         k: (v.to(dtype) if v.is_floating_point() else v).contiguous()
         for k, v in model.state_dict().items()
     }
+    for name, value in state.items():
+        if not torch.isfinite(value).all():
+            raise ValueError(f"tensor {name!r} has values that are not finite in {dtype}")
     partial = path.with_name(path.name + ".partial")
     try:
-        save_file(state, partial, {_CONFIG_KEY: json.dumps(model.config.to_dict())})
+        try:
+            save_file(state, partial, {_CONFIG_KEY: json.dumps(model.config.to_dict())})
+        except SafetensorError as error:
+            raise OSError(f"{path} cannot be written: {error}") from error
         partial.chmod(0o644)  # safetensors makes files that only their owner can read
         partial.replace(path)
     except BaseException:  # also SIGTERM's SystemExit
@@ -251,47 +287,65 @@ def save_model(
 
 
 def from_reference(
-    state_dict: Mapping[str, Any], config: FPTConfig, dtype: torch.dtype = torch.float32
+    state_dict: Mapping[str, Any],
+    config: FPTConfig,
+    dtype: torch.dtype = torch.float32,
+    origin: str = "the reference state dict",
 ) -> FlowPokeTransformer:
     """:meth:`FlowPokeTransformer.from_reference`; ``dtype`` as in :func:`load_model`.
 
     Its DINOv2 position table is resampled once, here, to the configuration's token grid (bicubic,
-    antialiased). Tensors that its forward pass never uses are dropped.
+    antialiased). Tensors that its forward pass never uses are dropped. ``origin`` is what messages
+    call the state dict.
     """
-    origin = "the reference state dict"
 
-    def tensor(name: str, dims: int | None = None) -> Tensor:
-        value = state_dict[name]
-        if not isinstance(value, Tensor):
-            raise CheckpointError(f"{origin}: {name!r} is no tensor, received {type(value)}")
-        if dims is not None and value.ndim != dims:
-            raise CheckpointError(
-                f"{origin}: tensor {name!r} has shape {list(value.shape)}, expected {dims} "
-                "dimensions"
-            )
-        return value
+    def tensor(own: str, expected: str, fits: Callable[[Tensor], bool]) -> Tensor:
+        """One that ours is computed from: finite, and of the shape that is ``expected``."""
+        what = f"{origin}: tensor {names[own]!r}"
+        value = _numbers(state_dict[names[own]], what, _FLOATS)
+        if value.ndim != 3 or not fits(value):
+            raise CheckpointError(f"{what} has shape {list(value.shape)}, expected {expected}")
+        _check_finite(value, what)
+        return value.to("cpu", torch.float32)
 
-    strange = [name for name in state_dict if not isinstance(name, str)]
-    if strange:
-        raise CheckpointError(f"{origin}: {strange[0]!r} is no name of a tensor")
-    names = {_own_name(name): name for name in state_dict if not name.endswith(_UNUSED)}
-    made: dict[str, Callable[[], Tensor]] = {
-        own: partial(tensor, name) for own, name in names.items()
+    def is_token(value: Tensor) -> bool:
+        return value.shape[:2] == (1, 1)
+
+    def is_table(value: Tensor) -> bool:
+        side = math.isqrt(max(value.shape[1] - 1, 0))
+        return side > 0 and value.shape == (1, 1 + side**2, token.shape[2])
+
+    names: dict[str, str] = {}
+    for name in state_dict:
+        if not isinstance(name, str):
+            raise CheckpointError(f"{origin}: {name!r} is no name of a tensor")
+        own = _own_name(name)
+        if _reference_name(own) != name:  # ours, which another one may be meant for
+            raise CheckpointError(f"{origin}: unexpected tensor {name!r}")
+        if not _UNUSED.fullmatch(name) and name not in _CONSTANTS:
+            names[own] = name
+    made: dict[str, Callable[[], Any]] = {
+        own: partial(state_dict.__getitem__, name) for own, name in names.items()
     }
     if _QUERY in names:
-        made[_QUERY] = lambda: tensor(names[_QUERY], 3).flatten()
+        made[_QUERY] = lambda: tensor(_QUERY, "[1, 1, C]", is_token).flatten()
     if _POSITIONS in names and _CLASS_TOKEN in names:
-        table, token = (tensor(names[name], 3) for name in (_POSITIONS, _CLASS_TOKEN))
-        side = math.isqrt(table.shape[1] - 1) if table.shape[1] else 0
-        if side**2 + 1 != table.shape[1] or table.shape[2] != token.shape[2] or not side:
-            raise CheckpointError(
-                f"{origin}: tensor {_reference_name(_POSITIONS)!r} has shape "
-                f"{list(table.shape)}, expected [1, 1 + n * n, {token.shape[2]}]"
-            )
+        token = tensor(_CLASS_TOKEN, "[1, 1, C]", is_token)
+        table = tensor(_POSITIONS, f"[1, 1 + n * n, {token.shape[2]}]", is_table)
         # timm's model with registers has no position for the class token: it is added to the token
         made[_CLASS_TOKEN] = lambda: token + table[:, :1]
         made[_POSITIONS] = lambda: _resample_positions(table[:, 1:], config.image_size // _PATCH)
-    return _build(config, made, origin, _reference_name, dtype)
+    model = _build(config, made, origin, _reference_name, dtype)
+    for name, own in _CONSTANTS.items():
+        if name in state_dict:
+            what, ours = f"{origin}: tensor {name!r}", model.get_buffer(own)
+            theirs = _numbers(state_dict[name], what, _FLOATS).to("cpu", ours.dtype)
+            # theirs have further axes, along which nothing changes
+            if theirs.shape[-ours.ndim :] != ours.shape or not torch.allclose(
+                theirs, ours.expand_as(theirs), rtol=_ROUNDING
+            ):
+                raise CheckpointError(f"{what} differs from the formula that it stands for")
+    return model
 
 
 def _own_name(reference: str) -> str:
@@ -311,7 +365,7 @@ def _reference_name(own: str) -> str:
 def _resample_positions(table: Tensor, side: int) -> Tensor:
     """``[1, n * n, C]`` to ``[1, side * side, C]``."""
     n = round(table.shape[1] ** 0.5)
-    square = table.unflatten(1, (n, n)).permute(0, 3, 1, 2).float()
+    square = table.unflatten(1, (n, n)).permute(0, 3, 1, 2)
     resized = F.interpolate(
         square, (side, side), mode="bicubic", antialias=True, align_corners=False
     )
@@ -320,7 +374,7 @@ def _resample_positions(table: Tensor, side: int) -> Tensor:
 
 def _build(
     config: FPTConfig,
-    made: Mapping[str, Callable[[], Tensor]],
+    made: Mapping[str, Callable[[], Any]],
     origin: str,
     name_of: Callable[[str], str] = str,
     dtype: torch.dtype = torch.float32,
@@ -339,31 +393,46 @@ def _build(
     for key, tensor in expected.items():
         name = f"{origin}: tensor {name_of(key)!r}"
         if key not in made:
-            raise CheckpointError(f"{name} {list(tensor.shape)} is missing")
-        value = made[key]()
+            other = next((f", but {name_of(k)!r} is there" for k in made if k not in expected), "")
+            raise CheckpointError(f"{name} {list(tensor.shape)} is missing{other}")
+        value = _numbers(
+            made[key](), name, _FLOATS if tensor.is_floating_point() else (tensor.dtype,)
+        )
         if value.shape != tensor.shape:
             raise CheckpointError(
                 f"{name} has shape {list(value.shape)}, expected {list(tensor.shape)}"
             )
-        if value.layout != torch.strided or value.is_meta or not _same_kind(value, tensor):
-            raise CheckpointError(
-                f"{name} is {value.dtype}, {value.layout} on {value.device}, expected numbers "
-                f"to convert to {tensor.dtype}"
-            )
-        if not torch.isfinite(value).all():
-            raise CheckpointError(f"{name} has values that are not finite")
-        own[key] = value.to(types.get(key, tensor.dtype), copy=True)
+        own[key] = value.to("cpu", types.get(key, tensor.dtype), copy=True)
+        _check_finite(own[key], name)  # after it was converted, which may be to less range
     for key in made:
         if key not in expected:
-            found = f"{name_of(key)!r} {list(made[key]().shape)}"
-            raise CheckpointError(f"{origin}: unexpected tensor {found}")
+            raise CheckpointError(f"{origin}: unexpected tensor {name_of(key)!r}")
     model.load_state_dict(own, assign=True)
     return model.eval()
 
 
-def _same_kind(value: Tensor, expected: Tensor) -> bool:
-    types = _FLOATS if expected.is_floating_point() else (expected.dtype,)
-    return value.dtype in types
+def _numbers(value: Any, name: str, types: Collection[torch.dtype]) -> Tensor:
+    """``value``, if it is a tensor that stores numbers of these types; else CheckpointError."""
+    if not isinstance(value, Tensor):
+        raise CheckpointError(f"{name} is no tensor, received {type(value)}")
+    if (
+        value.is_nested
+        or value.layout != torch.strided
+        or value.is_meta
+        or value.dtype not in types
+        # a few bytes may claim to be any number of values
+        or value.untyped_storage().nbytes() < value.nbytes
+    ):
+        raise CheckpointError(
+            f"{name} is {value.dtype}, {value.layout} on {value.device}, expected each number "
+            f"stored, in one of {[str(t) for t in types]}"
+        )
+    return value
+
+
+def _check_finite(value: Tensor, name: str) -> None:
+    if not torch.isfinite(value).all():
+        raise CheckpointError(f"{name} has values that are not finite")
 
 
 @contextmanager

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
@@ -15,6 +16,8 @@ Head = Literal["reference", "scaled"]
 _FORBIDDEN_ENCODER_KWARGS = {
     *("cache_dir", "checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay")
 }
+
+_LARGEST = 2**16  # of any size; a checkpoint's configuration may ask for all memory
 
 
 @dataclass(frozen=True)
@@ -69,12 +72,16 @@ class FPTConfig:
             *("head_dim", "ffn_expand", "components"),
         ):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be an integer >= 1, received {value!r}")
+            if not isinstance(value, int) or not 1 <= value <= _LARGEST:
+                raise ValueError(
+                    f"{name} must be an integer in [1, {_LARGEST}], received {value!r}"
+                )
         for name in ("position_bands", "detail_width"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 0:
-                raise ValueError(f"{name} must be an integer >= 0, received {value!r}")
+            if not isinstance(value, int) or not 0 <= value <= _LARGEST:
+                raise ValueError(
+                    f"{name} must be an integer in [0, {_LARGEST}], received {value!r}"
+                )
         if self.flow_dim not in (2, 3):
             raise ValueError(f"flow_dim must be 2 or 3, received {self.flow_dim!r}")
         if self.head_dim % 4:
@@ -85,7 +92,7 @@ class FPTConfig:
             )
         for name in ("min_std", "horizon_s", "kl_threshold", "flow_prescale"):
             value = getattr(self, name)
-            if not (isinstance(value, int | float) and 0 < value < math.inf):
+            if not (isinstance(value, int | float) and 0 < value <= sys.float_info.max):
                 raise ValueError(f"{name} must be a finite number > 0, received {value!r}")
         for name in ("name", "encoder", "licence"):
             if not isinstance(getattr(self, name), str):
@@ -174,9 +181,9 @@ class FPTConfig:
                 components=values["n_components"],
                 licence=FPT_BASE.licence,
             )
-        except KeyError as error:
+        except (KeyError, TypeError) as error:
             raise ValueError(
-                f"the reference's configuration lacks {error}, received {sorted(values)}"
+                f"the reference's configuration lacks {error}, received {values!r}"
             ) from error
 
 

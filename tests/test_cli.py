@@ -311,7 +311,7 @@ class TestConvert:
         source, out = tmp_path / "small.pt", tmp_path / "small.safetensors"
         # torch's older files cannot be mapped into memory
         torch.save({"model": state, "step": 3}, source, _use_new_zipfile_serialization=mapped)
-        assert checkpoint._can_map(source) == mapped
+        assert checkpoint._is_archive(source) == mapped
         # the published file is fpt-base: a smaller one is refused at its first tensor
         result = run("convert", source, out)
         assert result.returncode == 2

@@ -419,6 +419,7 @@ class TestModel:
             ("min_std", 0.0),
             ("fit", "pad"),
             ("min_std", float("inf")),
+            ("min_std", 10**400),
             ("flow_prescale", "x"),
             ("encoder", 3),
             ("sample_align_corners", "no"),
@@ -1017,7 +1018,10 @@ class TestCheckpoint:
             ({"encoder_kwargs": {"layers": {"a": 1}}}, "unusable configuration"),
             ({"encoder_kwargs": {"depths": [2**62] * 2}}, "has encoder_kwargs.depths 922337"),
             ({"encoder_kwargs": {"layers": [10**6] * 4}}, r"encoder_kwargs\.layers 4000000"),
-            ({"depth": 10**7}, "has depth 10000000, but only"),
+            ({"encoder_kwargs": {"depth": 10**400}}, "unusable configuration"),
+            ({"depth": 10**7}, r"depth must be an integer in \[1, 65536\], received 10000000"),
+            ({"depth": 10**4}, "has depth 10000, but only"),
+            ({"width": 10**9}, r"width must be an integer in \[1, 65536\], received 1000000000"),
         ],
         ids=[
             "nested",
@@ -1026,7 +1030,10 @@ class TestCheckpoint:
             "a table",
             "too large",
             "deep stages",
+            "beyond floats",
+            "very deep",
             "deep",
+            "wide",
         ],
     )
     def test_a_configuration_cannot_take_all_time_and_memory(
@@ -1089,21 +1096,54 @@ class TestCheckpoint:
         with pytest.raises(CheckpointError, match=r"m\.safetensors"):
             load_model(path)
 
-    def test_archives_that_cannot_be_mapped(self, tmp_path: Path) -> None:
-        state = {"model": {"out_mlp.1.bias": torch.ones(8)}}
-        torch.save(state, tmp_path / "plain.pt")
-        torch.save(state, tmp_path / "legacy.pt", _use_new_zipfile_serialization=False)
+    def test_archives(self, tmp_path: Path) -> None:
+        """torch's today and of old; those with compressed parts, and with damaged ones, fail."""
+        state = {"model": {"out_mlp.1.bias": torch.ones(800)}}
+        plain, legacy, deflated, flipped = (
+            tmp_path / f"{name}.pt" for name in ("plain", "legacy", "deflated", "flipped")
+        )
+        torch.save(state, plain)
+        torch.save(state, legacy, _use_new_zipfile_serialization=False)
         with (
-            zipfile.ZipFile(tmp_path / "plain.pt") as plain,
-            zipfile.ZipFile(tmp_path / "deflated.pt", "w", zipfile.ZIP_DEFLATED) as deflated,
+            zipfile.ZipFile(plain) as good,
+            zipfile.ZipFile(deflated, "w", zipfile.ZIP_DEFLATED) as bad,
         ):
-            for part in plain.namelist():
-                deflated.writestr(part, plain.read(part))
-        for name, mapped in (("plain", True), ("legacy", False), ("deflated", False)):
-            path = tmp_path / f"{name}.pt"
-            assert checkpoint._can_map(path) == mapped
-            with pytest.raises(CheckpointError, match=r"'.*' \[.*\] is missing"):
+            for part in good.namelist():
+                bad.writestr(part, good.read(part))
+        one = np.float32(1).tobytes()
+        content = plain.read_bytes().replace(800 * one, 799 * one + b"flip")
+        assert content != plain.read_bytes()
+        flipped.write_bytes(content)
+        assert checkpoint._is_archive(plain)
+        assert not checkpoint._is_archive(legacy)
+        for path, message in (
+            (plain, r"'.*' \[.*\] is missing"),
+            (legacy, r"'.*' \[.*\] is missing"),
+            (deflated, "part 'plain/.*' is compressed"),
+            (flipped, "damaged: the checksum of its part 'plain/data/0' is another"),
+        ):
+            with pytest.raises(CheckpointError, match=rf"{path.name}.*{message}"):
                 load_model(path)
+
+    def test_a_prefix_of_all_names_shows(self, model: FlowPokeTransformer, tmp_path: Path) -> None:
+        """As of a model that was wrapped when it was saved."""
+        made = {f"module.{k}": v.clone for k, v in model.state_dict().items()}
+        with pytest.raises(CheckpointError, match=r"is missing, but 'module\..*' is there"):
+            checkpoint._build(model.config, made, "m")
+
+    def test_what_a_type_cannot_hold_is_not_saved(
+        self, model: FlowPokeTransformer, tmp_path: Path
+    ) -> None:
+        large = copy.deepcopy(model)
+        with torch.no_grad():
+            large.head[1].bias[3] = 1e5
+        with pytest.raises(ValueError, match=r"'head.1.bias' has values that are not finite in to"):
+            save_model(large, tmp_path / "m.safetensors", torch.float16)
+        assert not list(tmp_path.iterdir())
+
+    def test_a_folder_that_takes_no_file(self, model: FlowPokeTransformer) -> None:
+        with pytest.raises(OSError, match=r"m\.safetensors cannot be written"):
+            save_model(model, "/proc/m.safetensors")
 
     def test_pickled_code_does_not_run(self, tmp_path: Path) -> None:
         trace = tmp_path / "ran"

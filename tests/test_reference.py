@@ -122,17 +122,55 @@ def test_a_model_shares_no_memory_with_the_state_dict_and_is_on_the_cpu() -> Non
     assert {p.device.type for p in made.parameters()} == {"cpu"}
 
 
+ENDLESS = torch.zeros(1, 1, 1).expand(1, 1 + 10**12, 64)
+
+
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
         ("transformer.layers.1.self_scale", None, r"layers.1.self_scale' \[3\] is missing"),
         ("input_mlp.mlp.2.1.weight", torch.zeros(2), "'input_mlp.mlp.2.1.weight' has shape"),
         ("image_embedder.model.pos_embed", torch.zeros(1, 12, 64), r"\[1, 12, 64\], expected"),
-        ("image_embedder.model.pos_embed", torch.zeros(0), r"\[0\], expected 3 dimensions"),
+        ("image_embedder.model.pos_embed", torch.zeros(0), r"pos_embed' has shape \[0\], expected"),
+        ("image_embedder.model.pos_embed", torch.zeros(3, 65, 64), r"\[3, 65, 64\], expected \[1,"),
+        (
+            "image_embedder.model.pos_embed",
+            torch.full((1, 65, 64), torch.nan),
+            "pos_embed' has val",
+        ),
+        (
+            "image_embedder.model.pos_embed",
+            torch.ones(1, 65, 64).bool(),
+            "pos_embed' is torch.bool",
+        ),
+        (
+            "image_embedder.model.pos_embed",
+            ENDLESS,
+            r"pos_embed' is .* expected each number stored",
+        ),
+        (
+            "image_embedder.model.cls_token",
+            torch.zeros(1, 1, 64).to_sparse(),
+            "cls_token' is .*sparse",
+        ),
+        ("input_mlp.query_token", torch.zeros(2, 96, 1), r"query_token' has shape \[2, 96, 1\]"),
         ("image_embedder.model.register_tokens", torch.zeros(1), "model.register_tokens' has"),
         ("cond_emb.weight", "weights", "'cond_emb.weight' is no tensor"),
         ("out_mlp.1.bias", torch.full((96,), torch.inf), "'out_mlp.1.bias' has values that"),
-        ("optimizer.step", torch.zeros(()), r"unexpected tensor 'optimizer.step' \[\]"),
+        (
+            "out_mlp.1.bias",
+            torch.full((96,), 1e300, dtype=torch.float64),
+            "'out_mlp.1.bias' has val",
+        ),
+        ("optimizer.step", torch.zeros(()), "unexpected tensor 'optimizer.step'"),
+        ("head.5.bias", torch.zeros(24), "unexpected tensor 'head.5.bias'"),  # ours has that name
+        (
+            "image_embedder.mask_token",
+            torch.zeros(1),
+            "unexpected tensor 'image_embedder.mask_token'",
+        ),
+        ("input_mlp.coeffs", torch.zeros(1, 1, 1, 48), "coeffs' differs from the formula"),
+        ("transformer.pos_emb.freqs", torch.ones(2, 3, 8), "freqs' differs from the formula"),
     ],
 )
 def test_the_first_wrong_tensor_is_named_as_in_the_file(

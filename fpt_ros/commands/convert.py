@@ -40,12 +40,12 @@ def convert(
 
     import torch
 
-    from fpt_model import CheckpointError, load_model, save_model
+    from fpt_model import load_model, save_model
 
     try:
         model = load_model(checkpoint)
         save_model(model, out, getattr(torch, dtype))
-    except (CheckpointError, OSError) as error:
+    except (ValueError, OSError) as error:
         raise UserError(str(error)) from error
     parameters = sum(p.numel() for p in model.parameters())
     print(
