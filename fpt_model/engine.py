@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import copy
 import logging
-import shlex
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -358,12 +357,39 @@ def use_native_attention(model: FlowPokeTransformer, dtype: torch.dtype) -> None
 
 
 def _can_compile() -> bool:
-    """Whether there is a C++ compiler, without which torch.compile fails when a layer is run."""
-    command = shlex.split(compiler())[0]
-    if shutil.which(command) is None:
-        _log.warning("nothing is compiled: the C++ compiler %r is not there", command)
-        return False
-    return True
+    """Whether there is a C++ compiler; the logger is told if not."""
+    try:
+        command = compiler()[0]
+        if shutil.which(command) is not None:
+            return True
+        reason = f"the C++ compiler {command!r} is not there"
+    except BuildError as error:
+        reason = str(error)
+    _log.warning("nothing is compiled: %s", reason)
+    return False
+
+
+class _Compiled:
+    """A function by torch.compile, and as it was once torch cannot compile it."""
+
+    def __init__(self, function: Callable[..., Any], dynamic: bool) -> None:
+        from torch._dynamo.exc import TorchDynamoException  # with what takes a second to import
+
+        self._plain, self._error = function, TorchDynamoException
+        # the default of 8 natures would leave the ninth to the slow path for good; as a setting of
+        # torch's it would hold in this thread alone
+        self._run = torch.compile(  # type: ignore[call-overload]
+            function, dynamic=dynamic, recompile_limit=64
+        )
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return self._run(*args, **kwargs)
+        except self._error as error:  # before anything was run
+            reason = next((line for line in str(error).splitlines() if line.strip()), repr(error))
+            _log.warning("%s is not compiled: %s", self._plain.__qualname__, reason)
+            self._run = self._plain
+        return self._plain(*args, **kwargs)
 
 
 def compile_layers(model: FlowPokeTransformer) -> None:
@@ -383,9 +409,5 @@ def compile_layers(model: FlowPokeTransformer) -> None:
     for modules, varying in blocks:
         forward = None
         for module in modules:
-            # the default of 8 natures would leave the ninth to the slow path for good; as a
-            # setting of torch's it would hold in this thread alone
-            forward = forward or torch.compile(  # type: ignore[call-overload]
-                type(module).forward, dynamic=varying, recompile_limit=64
-            )
+            forward = forward or _Compiled(type(module).forward, varying)
             module.forward = partial(forward, module)

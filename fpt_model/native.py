@@ -31,9 +31,19 @@ class BuildError(RuntimeError):
     """There is no C++ compiler, or it failed; the message has its first words."""
 
 
-def compiler() -> str:
-    """The command of the C++ compiler, which torch.compile calls, too."""
-    return os.environ.get("CXX") or "g++"
+def compiler() -> list[str]:
+    """The words of the C++ compiler's command; BuildError for a ``CXX`` that is none.
+
+    torch.compile calls it, too, but takes all of ``CXX`` for one word.
+    """
+    given = os.environ.get("CXX") or "g++"
+    try:
+        words = shlex.split(given)
+    except ValueError as error:
+        raise BuildError(f"CXX must be a command, received {given!r}: {error}") from error
+    if not words:
+        raise BuildError(f"CXX must be a command, received {given!r}")
+    return words
 
 
 def cache_folder() -> Path:
@@ -58,11 +68,13 @@ def function(name: str, symbol: str, head_dim: int, dtype: torch.dtype, *defines
     flags = [f"-DHEAD_DIM={head_dim}", f"-DWEIGHT={TYPES[dtype]}", *defines]
     try:
         headers = [header.read_text() for header in sorted(_FOLDER.glob("*.h"))]
-        what = [source.read_text(), *headers, _FLAGS, compiler(), *openmp, *flags]
+        what = [source.read_text(), *headers, _FLAGS, *compiler(), *openmp, *flags]
         what.append(processor.description())
         digest = hashlib.sha256("\0".join(what).encode()).hexdigest()[:16]
         with _building:
             return _kept(source, symbol, f"{name}-{digest}.so", flags, openmp)
+    except BuildError:
+        raise
     except (OSError, RuntimeError) as error:  # RuntimeError: nobody knows the user's home
         raise BuildError(str(error)) from error
 
@@ -77,18 +89,32 @@ def _kept(
     own = folder.is_dir() and _is_own(folder)
     if own:
         with suppress(OSError, AttributeError):
-            return _loaded(folder / name, symbol)
+            if _is_whole(folder / name):
+                return _loaded(folder / name, symbol)
     kept = own and os.access(folder, os.W_OK)
     # otherwise it is built in each process, where nobody else can put anything
     with tempfile.TemporaryDirectory(dir=folder if kept else None) as private:
         built = _build(source, Path(private), defines, openmp)
+        with built.open("ab") as library:
+            library.write(_checksum(built.read_bytes()))
         return _loaded(built.replace(folder / name) if kept else built, symbol)
 
 
 def _is_own(folder: Path) -> bool:
-    """Whether it is this user's or root's, and not everybody can put code there."""
+    """Whether it is this user's or root's, and nobody else can put code there."""
     status = folder.stat()
-    return status.st_uid in (0, os.geteuid()) and not status.st_mode & 0o002
+    return status.st_uid in (0, os.geteuid()) and not status.st_mode & 0o022
+
+
+def _checksum(content: bytes) -> bytes:
+    return hashlib.sha256(content).digest()
+
+
+def _is_whole(library: Path) -> bool:
+    """Whether it ends with its checksum; loading a part of one would end the process."""
+    content = library.read_bytes()
+    length = len(content) - hashlib.sha256().digest_size
+    return length > 0 and _checksum(content[:length]) == content[length:]
 
 
 def _build(source: Path, folder: Path, defines: Sequence[str], openmp: Sequence[str]) -> Path:
@@ -100,12 +126,12 @@ def _build(source: Path, folder: Path, defines: Sequence[str], openmp: Sequence[
         ["-shared", "-Wl,-z,defs", str(unit), *openmp, "-o", str(built)],
     ):
         done = subprocess.run(
-            [*shlex.split(compiler()), *arguments], capture_output=True, text=True, check=False
+            [*compiler(), *arguments], capture_output=True, text=True, check=False
         )
         if done.returncode:
             words = next((line for line in done.stderr.splitlines() if "error" in line), "")
             words = words or done.stderr.strip()[:200]
-            raise BuildError(f"{compiler()} failed with {done.returncode}: {words}")
+            raise BuildError(f"{shlex.join(compiler())} failed with {done.returncode}: {words}")
     return built
 
 

@@ -100,7 +100,7 @@ def test_in_cpp(rows: int, batch: int, keys: int, head_dim: int, dtype: torch.dt
 @pytest.mark.parametrize("without", ["avx512f", "avx512bf16"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.skipif(
-    platform.machine() != "x86_64" or compiler() != "g++",
+    platform.machine() != "x86_64" or compiler() != ["g++"],
     reason="asks g++ for less than x86-64 has",
 )
 @needs_compiler

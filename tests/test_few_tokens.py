@@ -129,24 +129,38 @@ def test_the_compiled_engine_uses_it(
 
 
 @needs_compiler
+@pytest.mark.parametrize("damage", ["empty", "half", "zeros", "old"])
 def test_a_damaged_build_is_made_anew(
     model: FlowPokeTransformer,
     build_cache: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    damage: str,
 ) -> None:
-    """As when the power went away."""
+    """As when the power went away; the system would end the process that loads it."""
     prepared = prepare(model, torch.device("cpu"), torch.float32)
     FewTokens(prepared)
-    damaged = [tmp_path / built.relative_to(build_cache) for built in build_cache.rglob("*.so")]
-    damaged[0].parent.mkdir()
-    for library in damaged:
-        library.write_bytes(b"")
+    whole = {
+        tmp_path / built.relative_to(build_cache): built.read_bytes()
+        for built in build_cache.rglob("*.so")
+    }
+    (tmp_path / "fpt_model").mkdir(mode=0o700)
+    for library, content in whole.items():
+        n = len(content)
+        damaged = {
+            "empty": b"",
+            "half": content[: n // 2],
+            "zeros": content[:8192] + bytes(n - 8192),
+            "old": content[:-32],
+        }
+        library.write_bytes(damaged[damage])
+    before = {library: library.read_bytes() for library in whole}
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     native.function.cache_clear()
     FewTokens(prepared)
-    assert any(library.stat().st_size for library in damaged)
-    assert {p for p in tmp_path.rglob("*") if p.is_file()} == set(damaged)
+    anew = [library for library in whole if library.read_bytes() != before[library]]
+    assert [native._is_whole(library) for library in anew] == [True]
+    assert {p for p in tmp_path.rglob("*") if p.is_file()} == set(whole)
 
 
 @needs_compiler
@@ -169,10 +183,38 @@ def test_without_a_compiler_few_tokens_run_slowly(
     prepared = prepare(model, torch.device("cpu"), torch.float32)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(native_layers, "function", native.function.__wrapped__)
-    for compiler, reason in (("no-compiler", "No such file"), ("false", "false failed with 1")):
+    for compiler, reason in (
+        ("no-compiler", "No such file"),
+        ("false", "false failed with 1"),
+        (" ", "CXX must be a command, received ' '"),
+        ("g++ 'x", "CXX must be a command"),
+    ):
         monkeypatch.setenv("CXX", compiler)
         caplog.clear()
         assert try_few_tokens(prepared) is None
         assert {record.name for record in caplog.records} == {"fpt_model"}  # as the node listens
         assert reason in caplog.text
     assert not list(tmp_path.rglob("*.so"))
+
+
+def test_where_torch_cannot_compile_all_runs_as_it_is(
+    model: FlowPokeTransformer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A compiler that fails, or one of several words, which torch takes for one."""
+    image = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+    torch.compiler.reset()
+    monkeypatch.setenv("CXX", "false")
+    monkeypatch.setattr(native_layers, "function", native.function.__wrapped__)
+    no_compiler = {"cpp.cxx": (None, "false"), "force_disable_caches": True}
+    with torch._inductor.config.patch(no_compiler):
+        compiled = FlowPredictor(model, compile=True)
+        compiled.warm_up()
+        assert "Layer.forward is not compiled: InvalidCxxCompiler: No working" in caplog.text
+        caplog.clear()
+        found, expected = (
+            p.predict(p.encode(image), [[0.4, 0.5]], [[0.1, 0.0]], [[0.3, 0.3]])
+            for p in (compiled, FlowPredictor(model))
+        )
+    torch.compiler.reset()
+    assert not caplog.text, "it was tried again"
+    assert_close(found.means, expected.means, 1e-6)
