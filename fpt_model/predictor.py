@@ -100,7 +100,8 @@ class FlowPredictor:
         backend, precision, device, providers: what really runs the model.
 
     Raises ValueError for unknown names, and BackendError where the device is not there. Several
-    threads may use one predictor; what is cached belongs to the scenes.
+    threads may use one predictor; what is cached belongs to the scenes. After ``model`` is trained
+    further, make another one: what was folded and packed of its weights would be the old.
     """
 
     def __init__(
@@ -247,7 +248,7 @@ class FlowPredictor:
         All arguments are in model coordinates, ``[B, P, 2]``, ``[B, P, D]``, ``[Q, 2]``.
         """
         self._check_scene(scene)
-        batch = len(pos)
+        camera_static, batch = bool(camera_static), len(pos)
         known = scene.known.get(camera_static) if batch == 1 else None
         if known is not None and not known.begin(pos[0], flow[0]):
             known = None
@@ -305,7 +306,8 @@ class FlowPredictor:
         """Joint draws of all queries' motions ``[S, Q, D]``, each one coherent future.
 
         A query is drawn given the pokes and the queries drawn before it (autoregression, Baumann et
-        al. 2025, section 3). Draw s depends on ``seed`` and s, not on how many there are.
+        al. 2025, section 3). Draw s depends on ``seed`` and s, not on how many there are, but for
+        rounding, which in bf16 may rarely make another component of a mixture the one drawn.
 
         Args:
             query_pos: ``[Q, 2]``; one pass through the model for each.
@@ -337,16 +339,16 @@ class FlowPredictor:
     ) -> Generator[int, None, NDArray[np.float64]]:
         """:meth:`sample` for callers who watch or stop it: yields how many queries are drawn."""
         queries = _check_points("query_pos", query_pos, 2, batched=False)
-        if order not in ("random", "given"):
+        if not isinstance(order, str) or order not in get_args(Order):
             raise ValueError(f'order must be "random" or "given", received {order!r}')
-        if num_samples < 1:
-            raise ValueError(f"num_samples must be >= 1, received {num_samples}")
-        if seed < 0:
-            raise ValueError(f"seed must be >= 0, received {seed}")
-        self._check_pokes(poke_pos, poke_flow, batched=False)
+        for name, value, least in (("num_samples", num_samples, 1), ("seed", seed, 0)):
+            if not isinstance(value, int | np.integer) or value < least:
+                raise ValueError(f"{name} must be an integer >= {least}, received {value!r}")
         rngs = [np.random.default_rng([seed, s]) for s in range(num_samples)]
         n = len(queries)
         orders = np.stack([g.permutation(n) if order == "random" else np.arange(n) for g in rngs])
+        self._check_scene(scene)
+        self._check_pokes(poke_pos, poke_flow, batched=False)  # also if nothing is asked
         steps = self.sampling_steps(scene, poke_pos, poke_flow, queries[orders], camera_static)
         drawn = np.empty((num_samples, n, self.config.flow_dim))
         rows = np.arange(num_samples)
@@ -369,21 +371,25 @@ class FlowPredictor:
         """The steps of :meth:`sample`, for callers who draw, watch or stop in between.
 
         Yields for query 0, 1, ... of ``query_pos [S, Q, 2]`` its mixture, batch shape ``[S]``, and
-        is sent the motions ``[S, D]`` that the following ones are to be given. PyTorch runs a query
-        and what was drawn last in each step; ONNX Runtime, which keeps nothing of pokes, all pokes
-        and all that was drawn.
+        is sent the motions ``[S, D]`` that the following ones are to be given; ValueError for what
+        is none. PyTorch runs a query and what was drawn last in each step; ONNX Runtime, which
+        keeps nothing of pokes, all pokes and all that was drawn.
         """
+        self._check_scene(scene)
+        camera_static = bool(camera_static)
         pos, flow = self._check_pokes(poke_pos, poke_flow, batched=False)
         queries = _check_points("query_pos", query_pos, 2, batched=True)
         view, (rows, n) = scene.view, queries.shape[:2]
         if not rows:
             raise ValueError(f"query_pos must hold at least one sample, received {queries.shape}")
         scale = view.displacement_to_normalised(np.ones(self.config.flow_dim))
-        _, context = self._run(
-            scene,
-            view.to_model(pos[None]),
-            view.displacement_to_model(flow[None]),
-            np.empty((0, 2)),
+        # all at once, whatever was asked before: draws would feel the rounding of other products
+        _, context = self.engine.run(
+            scene.features,
+            None,
+            _float32(view.to_model(pos[None])),
+            _float32(view.displacement_to_model(flow[None])),
+            np.empty((1, 0, 2), np.float32),
             camera_static,
         )
         context = context.with_room(rows, n)
@@ -395,7 +401,11 @@ class FlowPredictor:
             raw, context = self.engine.run(
                 scene.features, context, last_pos, last_flow, point, camera_static
             )
-            drawn = yield self._mixture(raw[:, 0]).scaled(*scale)
+            sent = yield self._mixture(raw[:, 0]).scaled(*scale)
+            # one query a row
+            drawn = _check_points("drawn", sent, self.config.flow_dim, False, _FASTEST, optional=2)
+            if len(drawn) != rows:
+                raise ValueError(f"drawn must hold {rows} motions, received {len(drawn)}")
             last_pos = point
             last_flow = _float32(view.displacement_to_model(drawn)[:, None])
 
@@ -537,6 +547,8 @@ def _check_points(
     Component ``optional``, if there is one, may be NaN.
     """
     array = _as_array(name, value)
+    if array.shape == (0,) and not batched:
+        array = array.reshape(0, dims)  # of an empty list
     if array.ndim != 2 + batched or array.shape[-1] != dims:
         expected = f"[B, N, {dims}]" if batched else f"[N, {dims}]"
         raise ValueError(f"{name} must have shape {expected}, received {list(array.shape)}")

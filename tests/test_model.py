@@ -535,11 +535,11 @@ class TestPredictor:
         for count, static in ((1, True), (3, True), (3, False), (5, True), (0, True), (2, True)):
             args = (pos[:count], flow[:count], queries, static)
             fresh = predictor.predict(predictor.encode(image), *args)
-            assert_mixtures_close(predictor.predict(asked, *args), fresh, 1e-4)
+            assert_mixtures_close(predictor.predict(asked, *args), fresh, 1e-5)
         assert ran[id(asked.features)] == [1, 2, 3, 2, 0, 2]
         changed = predictor.predict(asked, pos[:2], -flow[:2], queries)
         fresh = predictor.predict(predictor.encode(image), pos[:2], -flow[:2], queries)
-        assert_mixtures_close(changed, fresh, 1e-4)
+        assert_mixtures_close(changed, fresh, 1e-5)
 
     def test_tokens_of_many_queries_are_kept(
         self, model: FlowPokeTransformer, image: np.ndarray, monkeypatch: pytest.MonkeyPatch
@@ -555,7 +555,7 @@ class TestPredictor:
             monkeypatch.setattr("fpt_model.engine._KEPT", 10**9)
             fresh = predictor.predict(predictor.encode(image), *args)
             monkeypatch.setattr("fpt_model.engine._KEPT", 12)
-            assert_mixtures_close(predictor.predict(asked, *args), fresh, 1e-4)
+            assert_mixtures_close(predictor.predict(asked, *args), fresh, 1e-5)
             assert asked.features.last is not None
             kept.append(asked.features.last[1])
         assert kept[0] is kept[1] is kept[2] is not kept[3]
@@ -603,8 +603,19 @@ class TestPredictor:
         with pytest.raises(StopIteration) as end:
             next(steps)
         np.testing.assert_array_equal(end.value.value, drawn)
-        with pytest.raises(ValueError, match="seed must be >= 0, received -1"):
-            predictor.sample(*args, seed=-1)
+        asked = predictor.encode(image)
+        for few in (0, 1):
+            predictor.predict(asked, self.POS[:few], self.FLOW[:few], queries)
+        again = predictor.sample(asked, *args[1:], num_samples=3, seed=5, order=order)
+        np.testing.assert_array_equal(again, drawn, "what was asked before changes the draws")
+        for bad, message in (
+            ({"seed": -1}, "seed must be an integer >= 0, received -1"),
+            ({"seed": 1.5}, r"seed must be an integer >= 0, received 1\.5"),
+            ({"num_samples": 0}, "num_samples must be an integer >= 1, received 0"),
+            ({"order": [0, 1]}, r'order must be "random" or "given", received \[0, 1\]'),
+        ):
+            with pytest.raises(ValueError, match=message):
+                predictor.sample(*args, **bad)
         with pytest.raises(ValueError, match=r"reduce must be one of .*'sample'.*received 'most'"):
             predictor.dense(scene, self.POS, self.FLOW, reduce="most")  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="poke_pos must be finite"):
@@ -629,11 +640,29 @@ class TestPredictor:
                     np.concatenate([self.FLOW, drawn[row, :i]]),
                     queries[row, i : i + 1],
                 )
-                assert_mixtures_close(mixture[row : row + 1], expected, 1e-4)
+                assert_mixtures_close(mixture[row : row + 1], expected, 1e-5)
             if i < 3:
                 mixture = steps.send(drawn[:, i])
         with pytest.raises(StopIteration):
             steps.send(drawn[:, 3])
+        for bad, message in (
+            (drawn[:1, 0], "drawn must hold 2 motions, received 1"),
+            (drawn[:, 0, :1], r"drawn must have shape \[N, 2\], received \[2, 1\]"),
+            (drawn[:, 0] * np.nan, "drawn must be finite"),
+        ):
+            steps = predictor.sampling_steps(scene, self.POS, self.FLOW, queries)
+            next(steps)
+            with pytest.raises(ValueError, match=message):
+                steps.send(bad)
+
+    def test_any_truth_says_that_the_camera_is_static(
+        self, predictor: FlowPredictor, image: np.ndarray
+    ) -> None:
+        scene, queries = predictor.encode(image), geometry.grid((2, 3))
+        expected = predictor.predict(scene, self.POS, self.FLOW, queries)
+        for flag in (2, np.array(1), np.True_):
+            found = predictor.predict(scene, self.POS, self.FLOW, queries, flag)
+            assert_mixtures_close(found, expected, 1e-6)
 
     @pytest.mark.parametrize("order", ["random", "given"])
     def test_joint_samples_are_given_what_was_drawn_before(
@@ -671,7 +700,7 @@ class TestPredictor:
                     np.concatenate([self.FLOW, motions[known]]),
                     queries[[query]],
                 )
-                assert_close(motions[query], mixture.mean()[0], 1e-4)
+                assert_close(motions[query], mixture.mean()[0], 1e-5)
 
     def test_coarse_to_fine(self, predictor: FlowPredictor, image: np.ndarray) -> None:
         scene = predictor.encode(image)
@@ -680,7 +709,7 @@ class TestPredictor:
         coarse = predictor.sample(scene, self.POS, self.FLOW, geometry.grid((2, 2)), num_samples=2)
         pokes = np.concatenate([self.POS, geometry.grid((2, 2))])
         fine = predictor.dense(scene, pokes, np.concatenate([self.FLOW, coarse[1]]), (6, 5))
-        assert_close(futures[1], fine, 1e-4)
+        assert_close(futures[1], fine, 1e-5)
 
     def test_dense_products_agree(self, predictor: FlowPredictor, image: np.ndarray) -> None:
         scene = predictor.encode(image)
@@ -699,11 +728,11 @@ class TestPredictor:
         assert not np.array_equal(draws[0], draws[2])
         kl = predictor.influence(scene, self.POS, self.FLOW, size=(6, 8))
         free = predictor.predict(scene, np.empty((0, 2)), np.empty((0, 2)), geometry.grid((6, 8)))
-        assert_close(kl.ravel(), mix.kl(free), 1e-4)
+        assert_close(kl.ravel(), mix.kl(free), 1e-5)
         other = predictor.influence(scene, self.POS, self.FLOW, (6, 8), camera_static=False)
         fresh = predictor.encode(image)
         expected = predictor.influence(fresh, self.POS, self.FLOW, (6, 8), camera_static=False)
-        assert_close(other, expected, 1e-4)
+        assert_close(other, expected, 1e-5)
         assert np.abs(other - kl).max() > 1e-3, "each flag has its own answer without pokes"
         with pytest.raises(ValueError, match=r"\[48\] on a grid of \(6, 8\), received \[1\]"):
             predictor.influence_of(scene, mix[:1], (6, 8))
@@ -745,10 +774,10 @@ class TestPredictor:
                 np.reshape(self.FLOW, (-1, 2))[:count],
             )
             expected = predictor.predict(scene, pos, flow, queries)
-            assert_mixtures_close(compiled.predict(other, pos, flow, queries), expected, 1e-4)
+            assert_mixtures_close(compiled.predict(other, pos, flow, queries), expected, 1e-5)
         both = [self.POS, self.POS[::-1]], [self.FLOW, self.FLOW[::-1]], queries
         expected = predictor.predict_batch(scene, *both)
-        assert_mixtures_close(compiled.predict_batch(other, *both), expected, 1e-4)
+        assert_mixtures_close(compiled.predict_batch(other, *both), expected, 1e-5)
         assert all("forward" in vars(layer) for layer in compiled.engine.model.layers)
         assert not any("forward" in vars(layer) for layer in predictor.engine.model.layers)
 
