@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from closeness import assert_close
+from compilers import needs_compiler
 from reference_weights import inputs, state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from fpt_model import (
     FlowPredictor,
     FPTConfig,
 )
+from fpt_model.backends import Precision
 from fpt_model.config import FPT_BASE
 from fpt_model.encoder import preprocess, resize_square
 from fpt_model.engine import EncodedImage
@@ -53,6 +55,7 @@ SMALL = FPTConfig(
     head="reference",
 )
 OWN = Path(__file__).parent / "fixtures"
+COMPILE = [False, pytest.param(True, marks=needs_compiler)]  # with C++ of our own
 
 Arrays = dict[str, np.ndarray]
 
@@ -207,9 +210,11 @@ class TestSmall:
         weights = load_file(REFERENCE / "small_state_dict.safetensors")
         return FlowPokeTransformer.from_reference(weights, config)
 
-    @pytest.fixture(scope="class")
-    def predictor(self, model: FlowPokeTransformer) -> FlowPredictor:
-        return FlowPredictor(model)
+    @pytest.fixture(scope="class", params=COMPILE)
+    def predictor(
+        self, model: FlowPokeTransformer, request: pytest.FixtureRequest, build_cache: Path
+    ) -> FlowPredictor:
+        return FlowPredictor(model, compile=request.param)
 
     def scene(self, predictor: FlowPredictor, image: Tensor) -> Scene:
         """Of the model's own input, since the reference's image is not one of 8 bits."""
@@ -417,11 +422,18 @@ class TestBase:
                 assert np.array_equal(own.numpy(), first), key
         return FlowPokeTransformer.from_reference(weights, FPT_BASE)
 
+    @pytest.mark.parametrize("compiled", COMPILE)
     @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("bf16", 3e-2)])
+    @pytest.mark.usefixtures("build_cache")
     def test_predictions(
-        self, model: FlowPokeTransformer, z: Arrays, precision: str, tolerance: float
+        self,
+        model: FlowPokeTransformer,
+        z: Arrays,
+        precision: Precision,
+        tolerance: float,
+        compiled: bool,
     ) -> None:
-        predictor = FlowPredictor(model, precision=precision)
+        predictor = FlowPredictor(model, precision=precision, compile=compiled)
         t = inputs(1234, 448, batch=1, pokes=5, queries=16)
         assert np.array_equal(t["image"].flatten()[:8].numpy(), z["image_first8"])
         with torch.inference_mode():
