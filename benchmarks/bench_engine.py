@@ -43,7 +43,7 @@ from fpt_model.encoder import preprocess
 from fpt_model.engine import EncodedImage
 from fpt_model.geometry import grid
 from fpt_model.model import ImageFeatures, mixture_parameters
-from fpt_model.packed import multiply
+from fpt_model.packed import multiply, packed_weight
 from fpt_model.predictor import Scene
 from fpt_model.processor import mkl_is_slow
 
@@ -92,22 +92,41 @@ class Row:
 
 
 class ByteCounter(TorchDispatchMode):
-    """Bytes of all tensors that operations read or write; views are free."""
+    """Bytes of all tensors that operations read or write; views are free.
+
+    Whole operations arrive in inference mode, so that what only may be a view, as ``reshape``, is
+    known by where its result lies.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.total = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {id(x): x for x in _tensors((args, kwargs))}
         out = func(*args, **(kwargs or {}))
-        if not func.is_view:
-            tensors = [
-                x
-                for x in torch.utils._pytree.tree_leaves((args, kwargs, out))
-                if isinstance(x, torch.Tensor)
-            ]
-            self.total += sum(x.numel() * x.element_size() for x in tensors)
+        made = {id(x): x for x in _tensors(out)}
+        places = {x.untyped_storage().data_ptr() for x in given.values()}
+        written = [a.is_write for a in (x.alias_info for x in func._schema.arguments) if a]
+        fresh = any(x.untyped_storage().data_ptr() not in places for x in made.values())
+        if (fresh or any(written)) and not func.__name__.startswith(("empty", "new_empty")):
+            # into ``out`` is only written
+            read = given.keys() - {id(x) for x in _tensors((kwargs or {}).get("out"))}
+            self.total += sum(_bytes(given[key]) for key in read) + sum(map(_bytes, made.values()))
+        if func is torch.ops.fpt_model.packed_linear.default:
+            weight, _ = packed_weight(args[1])
+            self.total += weight.numel() * weight.element_size()
         return out
+
+
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    leaves = torch.utils._pytree.tree_leaves(tree)
+    return [x for x in leaves if isinstance(x, torch.Tensor) and x.layout == torch.strided]
+
+
+def _bytes(x: torch.Tensor) -> int:
+    """That it refers to, which of an expanded one are fewer than it has elements."""
+    return min(x.numel() * x.element_size(), x.untyped_storage().nbytes())
 
 
 def synchronise(device: str) -> None:

@@ -39,9 +39,14 @@ _library = torch.library.Library("fpt_model", "DEF")
 _library.define("packed_linear(Tensor x, Tensor handle, int out_features) -> Tensor")
 
 
+def packed_weight(handle: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Weight, in oneDNN's layout, and bias that an operation's ``handle`` stands for."""
+    return _packed[int(handle)]
+
+
 @torch.library.impl(_library, "packed_linear", "CPU")
 def _packed_linear(x: Tensor, handle: Tensor, out_features: int) -> Tensor:
-    weight, bias = _packed[int(handle)]
+    weight, bias = packed_weight(handle)
 
     def product(x: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")

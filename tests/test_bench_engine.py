@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """benchmarks/bench_engine.py: it runs, and counts our own operations as torch counts its own."""
 
+import inspect
 import json
 import sys
 from collections.abc import Callable
@@ -38,6 +39,8 @@ def test_packed_products_are_counted() -> None:
     layer = PackedLinear(torch.nn.Linear(64, 96, dtype=torch.bfloat16))
     x = torch.randn(2, 300, 64, dtype=torch.bfloat16)
     assert operations(lambda: layer(x)) == 2 * 600 * 64 * 96
+    number = 8  # bytes of the handle
+    assert moved(lambda: layer(x)) == 2 * (600 * 64 + 64 * 96 + 600 * 96) + number
 
 
 @needs_compiler
@@ -47,6 +50,38 @@ def test_attention_is_counted() -> None:
     for attention in (OWN.attend_in_parts, OWN.attend_natively):
         assert operations(lambda a=attention: a(q, k, v, 1.0)) == expected
     assert operations(lambda: F.scaled_dot_product_attention(q, k, v)) == expected
+
+
+def moved(call: Callable[[], object]) -> int:
+    with torch.inference_mode(), bench_engine.ByteCounter() as counted:
+        call()
+    return counted.total
+
+
+def test_bytes_are_counted() -> None:
+    """Of float32 [6, 8], unless said: 192 bytes."""
+    x, y = torch.randn(6, 8), torch.randn(6, 8)
+    for call, expected in (
+        (lambda: x + y, 3 * 192),
+        (lambda: torch.add(x, y, out=torch.empty(6, 8)), 3 * 192),
+        (lambda: x.add_(y), 3 * 192),
+        (lambda: x.add_(1), 2 * 192),
+        (lambda: x @ y.T, 2 * 192 + 36 * 4),
+        (lambda: x.bfloat16(), 192 + 96),
+        (lambda: torch.cat([x, y]), 4 * 192),
+        (lambda: x[:, :4].contiguous(), 2 * 96),
+        (lambda: x.T.reshape(48), 2 * 192),
+        (lambda: x.reshape(48), 0),
+        (lambda: x.float(), 0),
+        (lambda: x.contiguous(), 0),
+        (lambda: x.chunk(2), 0),
+        (lambda: x[2:].T.flatten(0, 0), 0),
+        (lambda: torch.empty(100), 0),
+        (lambda: x.new_empty(100), 0),
+        (lambda: torch.zeros(100), 400),
+        (lambda: torch.ones(1).expand(6, 8) + x, 4 + 4 + 2 * 192),
+    ):
+        assert moved(call) == expected, inspect.getsource(call)
 
 
 def test_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
