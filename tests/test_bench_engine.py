@@ -84,23 +84,42 @@ def test_bytes_are_counted() -> None:
         assert moved(call) == expected, inspect.getsource(call)
 
 
-def test_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One process, as small as it gets."""
+@needs_compiler
+def test_it_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A process for each path, as small as it gets."""
     out = tmp_path / "rows.json"
     arguments = ["--precision", "fp32", "--joint", "2", "--quick", "--out", str(out)]
-    monkeypatch.setattr(sys, "argv", ["bench_engine.py", *arguments])
+    monkeypatch.setattr(sys, "argv", ["bench_engine.py", *arguments, "--compile", "--baseline"])
     bench_engine.main()
     report = json.loads(out.read_text())
-    rows = {row["task"]: row for row in report["rows"]}
+    paths = {
+        path: {row["task"]: row for row in report["rows"] if row["path"] == path}
+        for path in ("engine", "compiled", "baseline")
+    }
+    rows, compiled, plain = paths.values()
+    assert rows.keys() == compiled.keys()
     assert len(rows) == 10
-    assert all(row["seconds"] > 0 and row["gflop"] > 0 for row in rows.values())
+    assert plain.keys() < rows.keys()
+    for row in report["rows"]:
+        assert min(row[name] for name in ("seconds", "gflop", "gbyte", "ceiling")) > 0
+    for task, row in compiled.items():
+        assert row["gflop"] == rows[task]["gflop"]
     # every cell of a grid costs the same, whether it is large or small
     ratio = rows["dense 128x128"]["gflop"] / rows["dense 64x64"]["gflop"]
     assert ratio == pytest.approx(4, rel=0.01)
     # what places were made of is not made again
     again = rows["dense 64x64, other pokes"]["gflop"] / rows["dense 64x64"]["gflop"]
     assert 0.8 < again < 0.99
-    assert 0.1 < report["peak_gb"]["fpt-tiny fp32 engine"] < 4
+    # the baseline projects the image anew in every call
+    assert plain["1 query, 1 poke"]["gflop"] > 2 * rows["1 query, 1 poke"]["gflop"]
+    assert all(0.1 < peak < 4 for peak in report["peak_gb"].values())
+    assert len(report["peak_gb"]) == len(paths)
+    ratios = [
+        line.split("|")[-2] for line in capsys.readouterr().out.splitlines() if "| fp" in line
+    ]
+    assert len([x for x in ratios if x.strip() != "not run"]) == 2 * len(plain)
 
 
 @needs_compiler
