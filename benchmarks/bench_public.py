@@ -6,9 +6,11 @@
 
 Nothing of it is part of this repository, nor installed with it: einops and jaxtyping, which it
 needs, must be importable. Both sides get the same random weights, from a file of the published
-layout, and the same 448 x 448 image; each runs in a process of its own, one after the other.
-Encoding is ours with the keys and values of all layers, which the public code computes in every
-query. Answers are compared with the public code's fp32. Runs on the CPU.
+layout, and the same 448 x 448 image; each runs in a process of its own, one after the other. No
+weight is left at the zeros that training begins with, where pokes and half of each layer do
+nothing. Encoding is ours with the keys and values of all layers, which the public code computes in
+every query. Answers are compared with the public code's fp32. ``--keep`` lets the public code keep
+freed memory as ours compiled does, see ``fpt_model.allocator``. Runs on the CPU.
 """
 
 from __future__ import annotations
@@ -128,17 +130,21 @@ def milliseconds(call: Callable[[], Any], times: int) -> float:
 
 
 def measure(
-    job: tuple[str, Path, Path, int, bool],
+    job: tuple[str, Path, Path, int, bool, bool],
 ) -> tuple[dict[str, float], NDArray[np.float64]]:
     """Rows of one side, and its mean motions on the grid."""
+    from fpt_model.allocator import keep_freed_memory
     from fpt_model.geometry import grid
 
-    name, checkout, weights, threads, quick = job
+    name, checkout, weights, threads, quick, keep = job
     torch.set_num_threads(threads)
+    if keep:
+        keep_freed_memory()
     own, precision, compiled = SIDES[name]
     forget_peak()
     model = ours(weights, precision, compiled) if own else public(checkout, weights, precision)
     rows = {"loading, peak GiB": peak_gb()}
+    forget_peak()
     _, points, motions = inputs()
     cells = grid(CELLS)
     scene = model.encode()
@@ -158,7 +164,8 @@ def measure(
     rows["joint, ms a step"] = milliseconds(
         lambda: model.sample(scene, points, motions, steps), 1
     ) / len(steps)
-    rows["all of it, peak GiB"] = peak_gb()
+    rows["answering, peak GiB"] = peak_gb()
+    rows["all of it, peak GiB"] = max(rows["loading, peak GiB"], rows["answering, peak GiB"])
     return rows, model.predict(scene, points, motions, cells)
 
 
@@ -170,6 +177,7 @@ def main() -> None:
     parser.add_argument("--checkout", type=Path, required=True, help="of the public code")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--keep", action="store_true", help="freed memory, on all sides")
     parser.add_argument("--quick", action="store_true", help="each once, to see that it runs")
     args = parser.parse_args()
     found = {}
@@ -179,7 +187,7 @@ def main() -> None:
         with processes.Pool(1) as pool:
             pool.apply(save_random_weights, (args.checkout, weights))
         for name in dict.fromkeys(["public fp32", *args.sides]):
-            job = (name, args.checkout, weights, args.threads, args.quick)
+            job = (name, args.checkout, weights, args.threads, args.quick, args.keep)
             with processes.Pool(1) as pool:  # a process each, for its peak memory
                 found[name] = pool.apply(measure, (job,))
             print(f"{name}: " + ", ".join(f"{k} {v:.2f}" for k, v in found[name][0].items()))
@@ -197,7 +205,12 @@ def main() -> None:
 
 
 def save_random_weights(checkout: Path, out: Path) -> None:
-    torch.save({"model": public_code(checkout).state_dict()}, out)
+    model = public_code(checkout)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1 and not parameter.any():
+                parameter.normal_(std=parameter[0].numel() ** -0.5)
+    torch.save({"model": model.state_dict()}, out)
 
 
 if __name__ == "__main__":

@@ -90,9 +90,10 @@ class FlowPredictor:
             another provider when the first cannot. The logger "fpt_model" warns of it.
         compile: of "torch": fuse operations by torch.compile, and on the CPU run a few tokens
             (one query, a step of joint sampling), and where torch's is slow many queries of a
-            small model and attention, by C++ of our own. Needs a C++ compiler. Building ours takes
-            seconds, the first time; shapes of a new nature (the first poke, the first
-            batch) do so in each process.
+            small model and attention, by C++ of our own. Needs a C++ compiler (``CXX``, in one
+            word for torch, or g++) and for torch Python's headers; what cannot be compiled runs as
+            it is, and the logger "fpt_model" warns of it. Building ours takes seconds, the first
+            time; shapes of a new nature (the first poke, the first batch) do so in each process.
         in_place: of "torch": convert ``model`` itself, which is of no use to others afterwards,
             and so never hold two of it.
 

@@ -68,7 +68,8 @@ FPT_PARAMETERS: tuple[Spec, ...] = (
     Spec(
         "compile",
         False,
-        "Of torch: compile the model, which needs a C++ compiler. One query and up to 8 joint "
+        "Of torch: compile the model, which needs a C++ compiler (CXX in one word, or g++) and "
+        "Python's headers; what cannot be compiled runs as it is. One query and up to 8 joint "
         "samples take half of the time or less, dense outputs two thirds. Configuring takes "
         "longer, most of all the first time.",
         fixed=True,

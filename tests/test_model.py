@@ -7,7 +7,6 @@ import json
 import math
 import pickle
 import re
-import shutil
 import subprocess
 import sys
 import warnings
@@ -25,6 +24,7 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from closeness import assert_close, assert_mixtures_close
+from compilers import needs_compiler
 from random_weights import randomised
 from torch import nn
 
@@ -760,11 +760,10 @@ class TestPredictor:
         )
         assert_mixtures_close(cropped, expected.scaled(*half))
 
+    @needs_compiler
     def test_compiled_layers_change_nothing(
         self, predictor: FlowPredictor, model: FlowPokeTransformer, image: np.ndarray
     ) -> None:
-        if not (shutil.which("g++") or shutil.which("clang++")):
-            pytest.skip("torch.compile needs a C++ compiler")
         compiled = FlowPredictor(model, compile=True)
         scene, other = predictor.encode(image), compiled.encode(image)
         queries = np.random.default_rng(0).random((50, 2))

@@ -10,14 +10,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from closeness import assert_close
+from closeness import assert_close, assert_mixtures_close
 from compilers import needs_compiler
 from layer_runs import TOLERANCE, assert_run_alike, counting
 from random_weights import randomised
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from fpt_model import FlowPokeTransformer, FlowPredictor, FPTConfig, engine, native, native_layers
+from fpt_model import (
+    FlowMixture,
+    FlowPokeTransformer,
+    FlowPredictor,
+    FPTConfig,
+    engine,
+    native,
+    native_layers,
+)
 from fpt_model.engine import PRECISIONS, prepare, use_query_layers
 from fpt_model.native import compiler
 from fpt_model.native_layers import QueryLayers
@@ -208,6 +216,31 @@ def test_the_compiled_engine_uses_it(precision: str, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(native_layers, "MOST_WEIGHTS", 1000)
     large = FlowPredictor(model, precision=precision, compile=True)
     assert not isinstance(large.engine.model.run_layers, QueryLayers)
+
+
+@PRECISION
+def test_two_scenes_at_once(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a compiled engine, with all that it runs by C++: threads do not disturb each other."""
+    monkeypatch.setattr(engine, "multiplies_faster", lambda dtype: True)
+    predictor = FlowPredictor(small(64), precision=precision, compile=True)
+    rng = np.random.default_rng(0)
+    pokes, many = rng.random((2, 6, 2)), rng.random((40, 2))
+
+    def ask(picture: np.ndarray) -> list[FlowMixture]:
+        scene = predictor.encode(picture)
+        return [
+            predictor.predict(scene, pokes[0, :count], pokes[1, :count], queries, static)
+            for count in (0, 2, 6, 1)
+            for queries, static in ((many, True), (many[:1], True), (many, False))
+        ]
+
+    pictures = list(rng.integers(0, 256, (2, 48, 64, 3), dtype=np.uint8))
+    alone = [ask(picture) for picture in pictures]
+    assert np.abs(alone[0][3].means - alone[1][3].means).max() > 1e-4, "scenes are different"
+    with ThreadPoolExecutor(2) as pool:
+        for i, answers in enumerate(pool.map(ask, 10 * pictures)):
+            for found, expected in zip(answers, alone[i % 2], strict=True):
+                assert_mixtures_close(found, expected)
 
 
 @pytest.mark.parametrize("own", [False, True])
