@@ -91,6 +91,10 @@ class Row:
     ceiling: float  # share of this machine's measured ability
 
 
+# operations whose results are not written, and those whose first argument is not read
+_UNWRITTEN, _FILLED = ("empty", "new_empty"), ("copy_", "fill_", "zero_")
+
+
 class ByteCounter(TorchDispatchMode):
     """Bytes of all tensors that operations read or write; views are free.
 
@@ -109,13 +113,16 @@ class ByteCounter(TorchDispatchMode):
         places = {x.untyped_storage().data_ptr() for x in given.values()}
         written = [a.is_write for a in (x.alias_info for x in func._schema.arguments) if a]
         fresh = any(x.untyped_storage().data_ptr() not in places for x in made.values())
-        if (fresh or any(written)) and not func.__name__.startswith(("empty", "new_empty")):
-            # into ``out`` is only written
-            read = given.keys() - {id(x) for x in _tensors((kwargs or {}).get("out"))}
+        if (fresh or any(written) or not made) and not func.__name__.startswith(_UNWRITTEN):
+            filled = (
+                (kwargs or {}).get("out"),
+                args[:1] if func.__name__.startswith(_FILLED) else (),
+            )
+            read = given.keys() - {id(x) for x in _tensors(filled)}
             self.total += sum(_bytes(given[key]) for key in read) + sum(map(_bytes, made.values()))
         if func is torch.ops.fpt_model.packed_linear.default:
-            weight, _ = packed_weight(args[1])
-            self.total += weight.numel() * weight.element_size()
+            own = [x for x in packed_weight(args[1]) if x is not None]
+            self.total += sum(x.numel() * x.element_size() for x in own)
         return out
 
 
@@ -125,7 +132,7 @@ def _tensors(tree: Any) -> list[torch.Tensor]:
 
 
 def _bytes(x: torch.Tensor) -> int:
-    """That it refers to, which of an expanded one are fewer than it has elements."""
+    """That it occupies: an expanded tensor's are fewer than its elements'."""
     return min(x.numel() * x.element_size(), x.untyped_storage().nbytes())
 
 

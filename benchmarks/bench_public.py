@@ -9,8 +9,8 @@ needs, must be importable. Both sides get the same random weights, from a file o
 layout, and the same 448 x 448 image; each runs in a process of its own, one after the other. No
 weight is left at the zeros that training begins with, where pokes and half of each layer do
 nothing. Encoding is ours with the keys and values of all layers, which the public code computes in
-every query. Answers are compared with the public code's fp32. ``--keep`` lets the public code keep
-freed memory as ours compiled does, see ``fpt_model.allocator``. Runs on the CPU.
+every query. Answers are compared with the public code's fp32. ``--keep`` lets all
+sides keep freed memory as ours compiled does, see ``fpt_model.allocator``. Runs on the CPU.
 """
 
 from __future__ import annotations
@@ -105,10 +105,7 @@ def public(checkout: Path, weights: Path, precision: str) -> Model:
 
 def ours(weights: Path, precision: Any, compiled: bool) -> Model:
     from fpt_model import FlowPredictor
-    from fpt_model.allocator import keep_freed_memory
 
-    if compiled:
-        keep_freed_memory()
     predictor = FlowPredictor.load(str(weights), precision=precision, compile=compiled)
     image = inputs()[0]
     return Model(
@@ -138,9 +135,9 @@ def measure(
 
     name, checkout, weights, threads, quick, keep = job
     torch.set_num_threads(threads)
-    if keep:
-        keep_freed_memory()
     own, precision, compiled = SIDES[name]
+    if keep or compiled:
+        keep_freed_memory()
     forget_peak()
     model = ours(weights, precision, compiled) if own else public(checkout, weights, precision)
     rows = {"loading, peak GiB": peak_gb()}

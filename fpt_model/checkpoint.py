@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import pickle
 import re
 import sys
 import threading
@@ -145,10 +146,12 @@ def _open_published(path: Path, mmap: bool) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # torch raises many types for damaged or hostile files
-        # without torch's advice on how to run their code all the same
-        text = str(error).partition("WeightsUnpickler error: ")[2] or str(error) or repr(error)
+        # torch hides its reason behind advice on how to run the file's code all the same
+        hidden = error.__context__ if isinstance(error, pickle.UnpicklingError) else None
+        text = str(hidden or error).strip() or repr(hidden or error)
+        reason = text.splitlines()[0].partition(" Please use `torch.")[0]
         raise CheckpointError(
-            f"{path} is not a readable weights-only checkpoint: {text.splitlines()[0]}"
+            f"{path} is not a readable weights-only checkpoint: {reason}"
         ) from error
     state = content.get("model") if isinstance(content, dict) else None
     if not isinstance(state, dict):
@@ -295,8 +298,8 @@ def from_reference(
     """:meth:`FlowPokeTransformer.from_reference`; ``dtype`` as in :func:`load_model`.
 
     Its DINOv2 position table is resampled once, here, to the configuration's token grid (bicubic,
-    antialiased). Tensors that its forward pass never uses are dropped. ``origin`` is what messages
-    call the state dict.
+    antialiased). Tensors that its forward pass never uses are dropped, constants compared with our
+    formulas. ``origin`` is what messages call the state dict.
     """
 
     def tensor(own: str, expected: str, fits: Callable[[Tensor], bool]) -> Tensor:
@@ -344,7 +347,10 @@ def from_reference(
             if theirs.shape[-ours.ndim :] != ours.shape or not torch.allclose(
                 theirs, ours.expand_as(theirs), rtol=_ROUNDING
             ):
-                raise CheckpointError(f"{what} differs from the formula that it stands for")
+                raise CheckpointError(
+                    f"{what} {list(theirs.shape)} differs from the formula that it stands for, "
+                    f"{list(ours.shape)}"
+                )
     return model
 
 
@@ -424,8 +430,8 @@ def _numbers(value: Any, name: str, types: Collection[torch.dtype]) -> Tensor:
         or value.untyped_storage().nbytes() < value.nbytes
     ):
         raise CheckpointError(
-            f"{name} is {value.dtype}, {value.layout} on {value.device}, expected each number "
-            f"stored, in one of {[str(t) for t in types]}"
+            f"{name} is {value.dtype}, {value.layout} on {value.device}, expected numbers in one "
+            f"of {[str(t) for t in types]}, each of them stored"
         )
     return value
 

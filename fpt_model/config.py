@@ -181,9 +181,14 @@ class FPTConfig:
                 components=values["n_components"],
                 licence=FPT_BASE.licence,
             )
-        except (KeyError, TypeError) as error:
+        except KeyError as error:
             raise ValueError(
                 f"the reference's configuration lacks {error}, received {values!r}"
+            ) from error
+        except TypeError as error:
+            raise ValueError(
+                f"the reference's configuration must be a table with a table 'dino', received "
+                f"{values!r}"
             ) from error
 
 

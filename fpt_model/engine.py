@@ -373,7 +373,7 @@ class _Compiled:
     """A function by torch.compile, and as it was once torch cannot compile it."""
 
     def __init__(self, function: Callable[..., Any], dynamic: bool) -> None:
-        from torch._dynamo.exc import TorchDynamoException  # with what takes a second to import
+        from torch._dynamo.exc import TorchDynamoException  # here, since it takes a second
 
         self._plain, self._error = function, TorchDynamoException
         # the default of 8 natures would leave the ninth to the slow path for good; as a setting of
@@ -386,10 +386,13 @@ class _Compiled:
         try:
             return self._run(*args, **kwargs)
         except self._error as error:  # before anything was run
-            reason = next((line for line in str(error).splitlines() if line.strip()), repr(error))
-            _log.warning("%s is not compiled: %s", self._plain.__qualname__, reason)
-            self._run = self._plain
-        return self._plain(*args, **kwargs)
+            failed = error
+        out = self._plain(*args, **kwargs)  # which tells if the arguments were to blame
+        lines = [line for line in str(failed).splitlines() if line.strip()] or [repr(failed)]
+        reason = next((line for line in lines if "error:" in line), lines[0])
+        _log.warning("%s is not compiled: %s", self._plain.__qualname__, reason)
+        self._run = self._plain
+        return out
 
 
 def compile_layers(model: FlowPokeTransformer) -> None:

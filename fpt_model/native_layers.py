@@ -91,13 +91,14 @@ class _NativeLayers:
         if not taken or len(memory[0][0]) > 1 or hidden is not None:
             return self._otherwise(x, pokes, rotation, cond, memory, past, known, hidden)
         if pokes and not self._RUNS_POKES:
-            (before, of_pokes), (after, of_queries) = (
-                (x[:, part], (rotation[0][:, :, part], rotation[1][:, :, part]))
+            poked, asked = x[:, :pokes], x[:, pokes:]
+            of_poked, of_asked = (
+                (rotation[0][:, :, part], rotation[1][:, :, part])
                 for part in (slice(pokes), slice(pokes, None))
             )
-            before, past = self._otherwise(before, pokes, of_pokes, cond, memory, past, known)
-            after, past = self(after, 0, of_queries, cond, memory, past, known + pokes)
-            return torch.cat([before.float(), after], 1), past
+            poked, past = self._otherwise(poked, pokes, of_poked, cond, memory, past, known)
+            asked, past = self(asked, 0, of_asked, cond, memory, past, known + pokes)
+            return torch.cat([poked, asked], 1), past
         x = x.to(torch.float32, copy=True).contiguous()  # is written to
         kept = [self._with_place(own, batch, known, pokes) for own in past]
         image_tokens = memory[0][0].shape[2]

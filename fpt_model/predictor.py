@@ -101,8 +101,8 @@ class FlowPredictor:
         backend, precision, device, providers: what really runs the model.
 
     Raises ValueError for unknown names, and BackendError where the device is not there. Several
-    threads may use one predictor; what is cached belongs to the scenes. After ``model`` is trained
-    further, make another one: what was folded and packed of its weights would be the old.
+    threads may use one predictor; what is cached belongs to the scenes. Make another one after
+    further training of ``model``: this one holds folded and packed copies of the old weights.
     """
 
     def __init__(
@@ -222,14 +222,13 @@ class FlowPredictor:
         view = scene.view
         if not len(pos):
             raise ValueError(f"poke_pos must hold at least one hypothesis, received {pos.shape}")
-        raw, _ = self._run(
+        return self._run(
             scene,
             view.to_model(pos),
             view.displacement_to_model(flow),
             view.to_model(queries),
             camera_static,
         )
-        return raw
 
     def _mixture(self, raw: NDArray[np.float32]) -> FlowMixture:
         """In model units."""
@@ -243,8 +242,8 @@ class FlowPredictor:
         flow: NDArray[np.float64],
         queries: NDArray[np.float64],
         camera_static: bool,
-    ) -> tuple[NDArray[np.float32], Context]:
-        """Raw outputs ``[B, Q, raw_dim]``, and the pokes' context.
+    ) -> NDArray[np.float32]:
+        """Raw outputs ``[B, Q, raw_dim]``.
 
         All arguments are in model coordinates, ``[B, P, 2]``, ``[B, P, D]``, ``[Q, 2]``.
         """
@@ -264,7 +263,7 @@ class FlowPredictor:
         )
         if batch == 1 and context.pokes > old:
             scene.known[camera_static] = KnownPokes(pos[0], flow[0], context)
-        return raw, context
+        return raw
 
     def dense(
         self,
@@ -403,7 +402,6 @@ class FlowPredictor:
                 scene.features, context, last_pos, last_flow, point, camera_static
             )
             sent = yield self._mixture(raw[:, 0]).scaled(*scale)
-            # one query a row
             drawn = _check_points("drawn", sent, self.config.flow_dim, False, _FASTEST, optional=2)
             if len(drawn) != rows:
                 raise ValueError(f"drawn must hold {rows} motions, received {len(drawn)}")

@@ -29,14 +29,15 @@ struct Layer {
 
 struct Shape {
   int64_t layers, batch, tokens, new_pokes, seen, room, heads, image_tokens, hidden, threads;
-};  // new_pokes: none
+};  // new_pokes is 0: the layout is that of few_tokens.cpp
 
 inline V silu(V x) {
   const V e = exp_of_negative(x < 0 ? x : -x);
   return x * (x < 0 ? e : V{} + 1) / (1 + e);
 }
 
-// One thread's: x [rows, W] of a tile, and what becomes of it. Rows are counted through the batch.
+// One thread's: x [rows, W] of a tile, and what becomes of it. Its rows are queries, counted on from
+// one row of the batch to the next.
 struct Tile {
   const Shape& s;
   int64_t w, first = 0, rows = 0;
@@ -54,8 +55,8 @@ struct Tile {
   // body(b, t, r, n): from the tile's row r on n rows are the queries from t of the batch's row b
   template <class Body>
   void each(Body body) const {
-    for (int64_t r = 0, n; r < rows; r += n) {
-      const int64_t b = (first + r) / s.tokens, t = (first + r) % s.tokens;
+    int64_t b = first / s.tokens, t = first % s.tokens;
+    for (int64_t r = 0, n; r < rows; r += n, ++b, t = 0) {
       n = std::min(rows - r, s.tokens - t);
       body(b, t, r, n);
     }

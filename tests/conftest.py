@@ -11,7 +11,7 @@ import pytest
 from fpt_ros import environment
 
 # At import, since Fast DDS, the renderer and OpenMP read these once, when they are first loaded.
-# So nothing above may load torch: it would take all cores, and the processes that tests start one.
+# So nothing above may load torch: it would not see the number of threads that child processes see.
 os.environ.update(environment.defaults())
 _domain, _claim = environment.claim_domain_id()  # held until pytest ends
 os.environ["ROS_DOMAIN_ID"] = str(_domain)

@@ -40,7 +40,7 @@ def test_packed_products_are_counted() -> None:
     x = torch.randn(2, 300, 64, dtype=torch.bfloat16)
     assert operations(lambda: layer(x)) == 2 * 600 * 64 * 96
     number = 8  # bytes of the handle
-    assert moved(lambda: layer(x)) == 2 * (600 * 64 + 64 * 96 + 600 * 96) + number
+    assert moved(lambda: layer(x)) == 2 * (600 * 64 + 64 * 96 + 96 + 600 * 96) + number
 
 
 @needs_compiler
@@ -66,6 +66,8 @@ def test_bytes_are_counted() -> None:
         (lambda: torch.add(x, y, out=torch.empty(6, 8)), 3 * 192),
         (lambda: x.add_(y), 3 * 192),
         (lambda: x.add_(1), 2 * 192),
+        (lambda: torch.zeros(6, 8).copy_(x), 192 + 2 * 192),
+        (lambda: torch.equal(x, y), 2 * 192),
         (lambda: x @ y.T, 2 * 192 + 36 * 4),
         (lambda: x.bfloat16(), 192 + 96),
         (lambda: torch.cat([x, y]), 4 * 192),

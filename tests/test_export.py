@@ -18,6 +18,7 @@ import onnx
 import pytest
 import torch
 from closeness import assert_close, assert_mixtures_close
+from compilers import needs_compiler
 from diagnostic_msgs.msg import DiagnosticArray
 from lifecycle_msgs.msg import Transition
 from lifecycle_msgs.srv import ChangeState
@@ -623,6 +624,25 @@ def test_export_and_check_commands(
     code, _, err = run(capsys, "export", "--out", folder, "--precision", "bf16")
     assert code == 2
     assert "precisions must be of fp32, fp16, int8, received ['bf16']" in err
+
+
+@needs_compiler
+@pytest.mark.usefixtures("build_cache")
+def test_check_of_the_compiled_model(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, image: NDArray[np.uint8]
+) -> None:
+    model, frame = tmp_path / "small.safetensors", tmp_path / "a.png"
+    save_model(seeded(SMALL_3D), model)
+    cv2.imwrite(str(frame), image)
+    check = ("check", "--model", model, "--image", frame, "--compile")
+    code, out, err = run(capsys, *check, "--backend", "torch")
+    assert (code, err) == (0, "")
+    assert "torch, compiled, in fp32, against PyTorch in fp32; 1 pictures" in out
+    assert out.endswith("\nholds\n")
+    run(capsys, "export", "--model", model, "--out", tmp_path / "graphs")
+    code, _, err = run(capsys, *check, "--graphs", tmp_path / "graphs")
+    assert code == 2
+    assert "compile: it is PyTorch's" in err
 
 
 def test_predict_runs_exported_graphs(

@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import json
 import math
+import os
 import pickle
 import re
 import subprocess
@@ -985,6 +986,13 @@ class Hostile:
         return Path.touch, (self.trace,)
 
 
+class Command:
+    """Of a module that torch names in another message."""
+
+    def __reduce__(self) -> tuple:
+        return os.system, ("true",)
+
+
 class TestCheckpoint:
     def test_round_trip(self, model: FlowPokeTransformer, tmp_path: Path) -> None:
         save_model(model, tmp_path / "m.safetensors")
@@ -1153,7 +1161,7 @@ class TestCheckpoint:
             with pytest.raises(CheckpointError, match=rf"{path.name}.*{message}"):
                 load_model(path)
 
-    def test_a_prefix_of_all_names_shows(self, model: FlowPokeTransformer, tmp_path: Path) -> None:
+    def test_a_prefix_of_all_names_shows(self, model: FlowPokeTransformer) -> None:
         """As of a model that was wrapped when it was saved."""
         made = {f"module.{k}": v.clone for k, v in model.state_dict().items()}
         with pytest.raises(CheckpointError, match=r"is missing, but 'module\..*' is there"):
@@ -1177,7 +1185,20 @@ class TestCheckpoint:
         trace = tmp_path / "ran"
         torch.save({"model": Hostile(trace)}, tmp_path / "evil.pt")
         (tmp_path / "raw.pt").write_bytes(pickle.dumps(Hostile(trace)))
-        for name in ("evil.pt", "raw.pt"):
-            with pytest.raises(CheckpointError):
+        torch.save({"model": Command()}, tmp_path / "command.pt")
+        (tmp_path / "page.pt").write_bytes(b"<!DOCTYPE html>")
+        for name, reason in (
+            ("evil.pt", "Unsupported global: GLOBAL getattr was not an allowed"),
+            ("raw.pt", ""),
+            ("command.pt", "Trying to load unsupported GLOBAL .*system"),
+            ("page.pt", "Unsupported operand 60"),
+        ):
+            with pytest.raises(
+                CheckpointError,
+                match=rf"{name} is not a readable weights-only checkpoint: {reason}",
+            ) as refused:
                 load_model(tmp_path / name)
+            message = str(refused.value)
+            assert not message.endswith(": ")
+            assert not any(advice in message for advice in ("weights_only", "add_safe", "\n"))
         assert not trace.exists()

@@ -149,7 +149,7 @@ ENDLESS = torch.zeros(1, 1, 1).expand(1, 1 + 10**12, 64)
         (
             "image_embedder.model.pos_embed",
             ENDLESS,
-            r"pos_embed' is .* expected each number stored",
+            r"pos_embed' is .* each of them stored",
         ),
         (
             "image_embedder.model.cls_token",
@@ -172,8 +172,8 @@ ENDLESS = torch.zeros(1, 1, 1).expand(1, 1 + 10**12, 64)
             torch.zeros(1),
             "unexpected tensor 'image_embedder.mask_token'",
         ),
-        ("input_mlp.coeffs", torch.zeros(1, 1, 1, 48), "coeffs' differs from the formula"),
-        ("transformer.pos_emb.freqs", torch.ones(2, 3, 8), "freqs' differs from the formula"),
+        ("input_mlp.coeffs", torch.zeros(1, 1, 1, 48), r"coeffs' \[1, 1, 1, 48\] differs from"),
+        ("transformer.pos_emb.freqs", torch.ones(2, 3, 8), r"freqs' \[2, 3, 8\] differs from"),
     ],
 )
 def test_the_first_wrong_tensor_is_named_as_in_the_file(
@@ -188,9 +188,21 @@ def test_the_first_wrong_tensor_is_named_as_in_the_file(
         FlowPokeTransformer.from_reference(weights, SMALL)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_their_constants_are_those_of_our_formulas(dtype: torch.dtype) -> None:
+    """As they are stored: with axes along which nothing changes, and rounded."""
+    weights = state_dict(SMALL_SEED, json.loads((OWN / "parity_shapes.json").read_text()))
+    frequencies = math.pi * 10 ** (torch.arange(24) / 24)  # SPEC 4.2: slot j, head h is j * 3 + h
+    weights["transformer.pos_emb.freqs"] = frequencies.view(8, 3).T.repeat(2, 1, 1).to(dtype)
+    weights["input_mlp.coeffs"] = (2 * math.pi * torch.arange(1, 49)).view(1, 1, 1, 48).to(dtype)
+    FlowPokeTransformer.from_reference(weights, SMALL)
+
+
 def test_the_references_configuration_lacks_something() -> None:
     with pytest.raises(ValueError, match="lacks 'dino', received"):
         FPTConfig.from_reference({"width": 96})
+    with pytest.raises(ValueError, match=r"a table with a table 'dino', received \{'dino': None"):
+        FPTConfig.from_reference({"dino": None})
 
 
 @needs_reference

@@ -319,7 +319,10 @@ class Trainer:
             partial = self.checkpoint.with_suffix(".partial")
             torch.save(self._state(), partial)
             partial.replace(self.checkpoint)
-            save_model(self.average.model, self.out / "model.safetensors", dtype=torch.float16)
+            try:
+                save_model(self.average.model, self.out / "model.safetensors", dtype=torch.float16)
+            except ValueError as error:  # the checkpoint is there all the same
+                log.error("model.safetensors stays as it was: %s", error)
         self.fabric.barrier()
 
     def run(self) -> None:

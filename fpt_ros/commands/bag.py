@@ -13,6 +13,7 @@ from fpt_ros.commands.arguments import UserError, parse_poke
 from fpt_ros.commands.depth import check_dz
 from fpt_ros.commands.model import (
     BackendOption,
+    CompileOption,
     DeviceOption,
     GraphsOption,
     ModelOption,
@@ -97,6 +98,7 @@ def bag(
     graphs: GraphsOption = None,
     providers: ProvidersOption = "cpu",
     device: DeviceOption = "cpu",
+    compile: CompileOption = False,
 ) -> None:
     """Answer every image of a recorded bag as the node does, and write the answers as a bag.
 
@@ -120,7 +122,9 @@ def bag(
     values = _values(param or [])
     try:
         with bags.open_bag(source) as opened:
-            predictor = load_predictor(model, backend, precision, graphs, providers, device)
+            predictor = load_predictor(
+                model, backend, precision, graphs, providers, device, compile
+            )
             config = predictor.config
             if depth and config.flow_dim != 3:
                 raise UserError(f"--depth needs a three-dimensional model, received {config.name}")

@@ -16,6 +16,7 @@ from fpt_ros.commands.arguments import UserError
 from fpt_ros.commands.media import Frames, RGBImage
 from fpt_ros.commands.model import (
     BackendOption,
+    CompileOption,
     DeviceOption,
     GraphsOption,
     ModelOption,
@@ -35,6 +36,7 @@ def check(
     graphs: GraphsOption = None,
     providers: ProvidersOption = "cpu",
     device: DeviceOption = "cpu",
+    compile: CompileOption = False,
     image: Annotated[
         list[Path] | None,
         typer.Option(
@@ -57,11 +59,12 @@ def check(
         agreement,
     )
 
-    candidate = load_predictor(model, backend, precision, graphs, providers, device)
+    candidate = load_predictor(model, backend, precision, graphs, providers, device, compile)
     exact = load_predictor(model)
     found = agreement(exact, candidate, _files(image) if image else _simulated())
 
     where = f" on {', '.join(candidate.providers)}" if candidate.providers else ""
+    where += ", compiled," if compile else ""
     print(
         f"{exact.config.name}, {candidate.backend}{where} in {precision}, against PyTorch in fp32; "
         f"{found.images} pictures"

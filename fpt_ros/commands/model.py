@@ -35,6 +35,10 @@ ProvidersOption = Annotated[
         "--providers", help="What ONNX Runtime may use, the first preferred: tensorrt,cuda,cpu."
     ),
 ]
+CompileOption = Annotated[
+    bool,
+    typer.Option("--compile", help="Compile the model, with torch; needs a C++ compiler."),
+]
 DeviceOption = Annotated[str, typer.Option("--device", help="As torch names it: cpu, cuda:1.")]
 
 
@@ -45,6 +49,7 @@ def load_predictor(
     graphs: Path | None = None,
     providers: str = "cpu",
     device: str = "cpu",
+    compile: bool = False,
 ) -> FlowPredictor:
     """What answers; UserError where exactly this cannot be had, never something else instead.
 
@@ -63,6 +68,7 @@ def load_predictor(
             graphs,
             providers=providers.split(","),
             strict=True,
+            compile=compile,
         )
     except (CheckpointError, FileNotFoundError) as error:
         raise UserError(f"--model: {error}") from error
