@@ -9,13 +9,11 @@ Prints a table of rates and one of times with the largest errors, in Markdown.
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from report import where
+from report import medians, where
 
 from fpt_model.allocator import keep_freed_memory
 from fpt_model.attention import attend_in_parts, attend_natively
@@ -31,19 +29,6 @@ ATTENTION = {  # heads, queries, keys, of 64 channels
     "fpt-base's dense flow": (12, 512, 1024),
     "its encoder": (12, 1029, 1029),
 }
-
-
-def medians(calls: dict[str, Callable[[], object]], times: int) -> dict[str, float]:
-    """Seconds, each call's after one to warm up."""
-    taken: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        call()
-    for _ in range(times):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            taken[name].append(time.perf_counter() - start)
-    return {name: statistics.median(seconds) for name, seconds in taken.items()}
 
 
 def products(rows: int, inputs: int, outputs: int, times: int) -> dict[str, float]:

@@ -17,10 +17,8 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import statistics
 import sys
 import tempfile
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,7 +27,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from report import forget_peak, peak_gb, where
+from report import forget_peak, medians, peak_gb, where
 
 SIDE = 448
 CELLS = (64, 64)
@@ -116,14 +114,8 @@ def ours(weights: Path, precision: Any, compiled: bool) -> Model:
 
 
 def milliseconds(call: Callable[[], Any], times: int) -> float:
-    """The median, after one call to warm up."""
-    call()
-    taken = []
-    for _ in range(times):
-        start = time.perf_counter()
-        call()
-        taken.append(time.perf_counter() - start)
-    return 1e3 * statistics.median(taken)
+    """The median."""
+    return 1e3 * medians({"": call}, times)[""]
 
 
 def measure(

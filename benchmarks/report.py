@@ -6,11 +6,14 @@ from __future__ import annotations
 import contextlib
 import datetime
 import gc
-import platform
 import resource
+import statistics
 import subprocess
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from fpt_model import processor
 from fpt_model.allocator import return_freed_memory
 
 
@@ -26,16 +29,21 @@ def where(threads: int, **more: str) -> dict[str, str]:
     return {
         "date": datetime.date.today().isoformat(),
         "commit": commit,
-        "machine": f"{_processor()}, {threads} threads",
+        "machine": f"{processor.name()}, {threads} threads",
     } | more
 
 
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    for line in info.read_text().splitlines() if info.is_file() else []:
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
+def medians(calls: Mapping[str, Callable[[], object]], times: int) -> dict[str, float]:
+    """Seconds of each call, made in turns, after one of each to warm up."""
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        call()
+    for _ in range(times):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            taken[name].append(time.perf_counter() - start)
+    return {name: statistics.median(seconds) for name, seconds in taken.items()}
 
 
 def forget_peak() -> None:

@@ -17,6 +17,13 @@ def _cpuinfo(*kinds: str) -> list[str]:
     return sorted({line for line in lines if line.startswith(kinds)})
 
 
+def name() -> str:
+    """As its maker calls it, else its kind."""
+    return " ".join(line.split(":")[-1].strip() for line in _cpuinfo("model name")) or (
+        platform.machine()
+    )
+
+
 def description() -> str:
     """What code of ``-march=native`` depends on; homes may be shared by several machines."""
     return "".join(_cpuinfo("model name", "flags", "Features", "CPU part")) + platform.machine()

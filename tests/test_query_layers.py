@@ -29,12 +29,12 @@ from fpt_model import (
 from fpt_model.engine import PRECISIONS, prepare, use_query_layers
 from fpt_model.native import compiler
 from fpt_model.native_layers import QueryLayers
-from fpt_model.processor import _cpuinfo
+from fpt_model.processor import description
 
 pytestmark = [
     pytest.mark.usefixtures("build_cache"),
     needs_compiler,
-    pytest.mark.skipif("avx512f" not in "".join(_cpuinfo("flags")), reason="needs AVX-512"),
+    pytest.mark.skipif("avx512f" not in description(), reason="needs AVX-512"),
 ]
 PRECISION = pytest.mark.parametrize("precision", ["fp32", "bf16"])
 
