@@ -10,17 +10,19 @@ from __future__ import annotations
 import copy
 import logging
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from threading import Lock
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from fpt_model.attention import native_attention
 from fpt_model.encoder import ContextBlock, ImageEncoder
@@ -148,6 +150,11 @@ class TorchEngine:
         self._device = open_device(device)
         self.device, self._dtype = str(self._device), PRECISIONS[precision]
         self.model = prepare(model, self._device, self._dtype, in_place)
+        if self.model.encoder.convolutional:
+            size, rng = 2 * [model.config.image_size], torch.Generator().manual_seed(0)
+            self.model.encoder.backbone = fold_batch_norms(
+                self.model.encoder.backbone, torch.rand(1, 3, *size, generator=rng).to(self._device)
+            )
         on_cpu = self._device.type == "cpu"
         compile = compile and (not on_cpu or _can_compile())
         few = try_few_tokens(self.model) if compile and on_cpu else None
@@ -284,7 +291,30 @@ def prepare(
     return out
 
 
-def _sharing_copy(model: FlowPokeTransformer) -> FlowPokeTransformer:
+@torch.no_grad()
+def fold_batch_norms(backbone: nn.Module, example: Tensor) -> nn.Module:
+    """``backbone``, of several outputs, with batch norms left to the convolutions before them.
+
+    Which comes before which is not said by modules, only by what is run: it is taken from the order
+    in which they were made, and what then makes something else of ``example`` is not done.
+    """
+    folded = _sharing_copy(backbone)
+    for module in folded.modules():
+        for (name, conv), (norm_name, norm) in pairwise(list(module.named_children())):
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                setattr(module, name, fuse_conv_bn_eval(conv, norm))
+                # timm's have the activation within
+                setattr(module, norm_name, getattr(norm, "act", nn.Identity()))
+    for a, b in zip(backbone(example), folded(example), strict=True):
+        if not torch.allclose(a, b, rtol=0, atol=1e-4 * float(a.abs().max())):
+            return backbone
+    return folded
+
+
+_Module = TypeVar("_Module", bound=nn.Module)
+
+
+def _sharing_copy(model: _Module) -> _Module:
     """Of the modules; all tensors are the same."""
     return copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
 
@@ -402,15 +432,19 @@ def compile_layers(model: FlowPokeTransformer) -> None:
     several of hypotheses, pokes, queries) when that is first met: seconds, fewer in later
     processes.
     """
-    blocks: list[tuple[Iterable[nn.Module], bool]] = [
-        (model.layers, True),
-        (model.embed.blocks, True),
-        ([model.head], True),
+    varying, of_one_image = True, False
+    layers: list[nn.Module] = list(model.layers)
+    parts: list[tuple[list[nn.Module], str, bool]] = [
+        (layers, "forward", varying),
+        (layers, "image_memory", of_one_image),
+        (list(model.embed.blocks), "forward", varying),
+        ([model.head], "forward", varying),
     ]
     if model.encoder.convolutional:
-        blocks.append((model.encoder.context.blocks, False))  # tokens of one image
-    for modules, varying in blocks:
-        forward = None
+        parts.append((list(model.encoder.context.blocks), "forward", of_one_image))
+    if model.encoder.detail is not None:
+        parts.append(([model.encoder.detail], "forward", of_one_image))
+    for modules, name, dynamic in parts:
+        function = _Compiled(getattr(type(modules[0]), name), dynamic)
         for module in modules:
-            forward = forward or _Compiled(type(module).forward, varying)
-            module.forward = partial(forward, module)
+            setattr(module, name, partial(function, module))

@@ -44,7 +44,7 @@ from fpt_model import (
     save_model,
 )
 from fpt_model.backends import Precision
-from fpt_model.engine import BackendError, TorchEngine, prepare
+from fpt_model.engine import BackendError, TorchEngine, fold_batch_norms, prepare
 from fpt_model.layers import QKV, position_features
 from fpt_model.model import mixture_parameters, negative_log_likelihood
 from fpt_model.packed import (
@@ -801,6 +801,36 @@ class TestPredictor:
         )
         np.testing.assert_array_equal(found.means, made.means)
         np.testing.assert_array_equal(found.scale_tril, made.scale_tril)
+
+    def test_convolutions_do_what_batch_norms_did(self, model: FlowPokeTransformer) -> None:
+        with torch.no_grad():
+            x = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+            expected = model.encoder(x)
+            random_state = torch.get_rng_state()
+            own = TorchEngine(model, "cpu", "fp32").model.encoder
+            assert torch.equal(torch.get_rng_state(), random_state)
+            for found, map_ in zip(own(x), expected, strict=True):
+                assert_close(found, map_, 1e-5 * max(1.0, float(map_.abs().max())))
+        assert not any(isinstance(m, nn.BatchNorm2d) for m in own.modules())
+        assert model.encoder.convolutional == any(
+            isinstance(m, nn.BatchNorm2d) for m in model.encoder.modules()
+        )
+
+    def test_a_batch_norm_that_comes_first_stays(self) -> None:
+        """Made after the convolution, run before it."""
+
+        class Before(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.conv, self.norm = nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3)
+                nn.init.uniform_(self.norm.running_mean)
+
+            def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+                return [self.conv(self.norm(x))]
+
+        before, x = Before().eval(), torch.rand(1, 3, 8, 8)
+        assert fold_batch_norms(before, x) is before
+        assert isinstance(before.norm, nn.BatchNorm2d)
 
     def test_conversion_in_place(
         self, model: FlowPokeTransformer, image: np.ndarray, tmp_path: Path
