@@ -278,14 +278,13 @@ def save_model(
             raise ValueError(f"tensor {name!r} has values that are not finite in {dtype}")
     partial = path.with_name(path.name + ".partial")
     try:
-        try:
-            save_file(state, partial, {_CONFIG_KEY: json.dumps(model.config.to_dict())})
-        except SafetensorError as error:
-            raise OSError(f"{path} cannot be written: {error}") from error
+        save_file(state, partial, {_CONFIG_KEY: json.dumps(model.config.to_dict())})
         partial.chmod(0o644)  # safetensors makes files that only their owner can read
         partial.replace(path)
-    except BaseException:  # also SIGTERM's SystemExit
+    except BaseException as error:  # also SIGTERM's SystemExit
         partial.unlink(missing_ok=True)
+        if isinstance(error, SafetensorError):
+            raise OSError(f"{path} cannot be written: {error}") from error
         raise
 
 
@@ -341,17 +340,20 @@ def from_reference(
     model = _build(config, made, origin, _reference_name, dtype)
     for name, own in _CONSTANTS.items():
         if name in state_dict:
-            what, ours = f"{origin}: tensor {name!r}", model.get_buffer(own)
-            theirs = _numbers(state_dict[name], what, _FLOATS).to("cpu", ours.dtype)
-            # theirs have further axes, along which nothing changes
-            if theirs.shape[-ours.ndim :] != ours.shape or not torch.allclose(
-                theirs, ours.expand_as(theirs), rtol=_ROUNDING
-            ):
-                raise CheckpointError(
-                    f"{what} {list(theirs.shape)} differs from the formula that it stands for, "
-                    f"{list(ours.shape)}"
-                )
+            _check_constant(state_dict[name], model.get_buffer(own), f"{origin}: tensor {name!r}")
     return model
+
+
+def _check_constant(value: Any, ours: Tensor, name: str) -> None:
+    """``value`` may have further axes before ours, along which nothing changes."""
+    theirs = _numbers(value, name, _FLOATS).to("cpu", ours.dtype)
+    if theirs.shape[-ours.ndim :] != ours.shape or not torch.allclose(
+        theirs, ours.expand_as(theirs), rtol=_ROUNDING
+    ):
+        raise CheckpointError(
+            f"{name} {list(theirs.shape)} differs from the formula that it stands for, "
+            f"{list(ours.shape)}"
+        )
 
 
 def _own_name(reference: str) -> str:
@@ -412,7 +414,8 @@ def _build(
         _check_finite(own[key], name)  # after it was converted, which may be to less range
     for key in made:
         if key not in expected:
-            raise CheckpointError(f"{origin}: unexpected tensor {name_of(key)!r}")
+            found = f"{name_of(key)!r} {list(getattr(made[key](), 'shape', ()))}"
+            raise CheckpointError(f"{origin}: unexpected tensor {found}")
     model.load_state_dict(own, assign=True)
     return model.eval()
 

@@ -69,18 +69,12 @@ class FPTConfig:
     def __post_init__(self) -> None:
         for name in (
             *("image_size", "context_width", "context_depth", "width", "depth"),
-            *("head_dim", "ffn_expand", "components"),
+            *("head_dim", "ffn_expand", "components", "position_bands", "detail_width"),
         ):
-            value = getattr(self, name)
-            if not isinstance(value, int) or not 1 <= value <= _LARGEST:
+            value, lowest = getattr(self, name), int(name not in ("position_bands", "detail_width"))
+            if not isinstance(value, int) or not lowest <= value <= _LARGEST:
                 raise ValueError(
-                    f"{name} must be an integer in [1, {_LARGEST}], received {value!r}"
-                )
-        for name in ("position_bands", "detail_width"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or not 0 <= value <= _LARGEST:
-                raise ValueError(
-                    f"{name} must be an integer in [0, {_LARGEST}], received {value!r}"
+                    f"{name} must be an integer in [{lowest}, {_LARGEST}], received {value!r}"
                 )
         if self.flow_dim not in (2, 3):
             raise ValueError(f"flow_dim must be 2 or 3, received {self.flow_dim!r}")

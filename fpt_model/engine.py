@@ -34,7 +34,7 @@ from fpt_model.model import (
     PokeContext,
     Tokens,
 )
-from fpt_model.native import BuildError, compiler
+from fpt_model.native import BuildError, compiler, first_error
 from fpt_model.native_layers import FewTokens, QueryLayers
 from fpt_model.packed import can_pack, multiply_by_onednn, pack
 from fpt_model.processor import mkl_is_slow, multiplies_faster
@@ -418,8 +418,7 @@ class _Compiled:
         except self._error as error:  # before anything was run
             failed = error
         out = self._plain(*args, **kwargs)  # which tells if the arguments were to blame
-        lines = [line for line in str(failed).splitlines() if line.strip()] or [repr(failed)]
-        reason = next((line for line in lines if "error:" in line), lines[0])
+        reason = first_error(str(failed)) or repr(failed)
         _log.warning("%s is not compiled: %s", self._plain.__qualname__, reason)
         self._run = self._plain
         return out

@@ -73,8 +73,6 @@ def function(name: str, symbol: str, head_dim: int, dtype: torch.dtype, *defines
         digest = hashlib.sha256("\0".join(what).encode()).hexdigest()[:16]
         with _building:
             return _kept(source, symbol, f"{name}-{digest}.so", flags, openmp)
-    except BuildError:
-        raise
     except (OSError, RuntimeError) as error:  # RuntimeError: nobody knows the user's home
         raise BuildError(str(error)) from error
 
@@ -129,10 +127,15 @@ def _build(source: Path, folder: Path, defines: Sequence[str], openmp: Sequence[
             [*compiler(), *arguments], capture_output=True, text=True, check=False
         )
         if done.returncode:
-            words = next((line for line in done.stderr.splitlines() if "error" in line), "")
-            words = words or done.stderr.strip()[:200]
+            words = first_error(done.stderr)
             raise BuildError(f"{shlex.join(compiler())} failed with {done.returncode}: {words}")
     return built
+
+
+def first_error(output: str) -> str:
+    """The line of a compiler's that tells what was wrong, else its first words."""
+    lines = [line for line in output.splitlines() if line.strip()]
+    return next((line for line in lines if "error:" in line), "".join(lines[:1]))
 
 
 def _loaded(library: Path, symbol: str) -> Any:

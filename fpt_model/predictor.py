@@ -219,35 +219,11 @@ class FlowPredictor:
         """
         pos, flow = self._check_pokes(poke_pos, poke_flow, batched=True)
         queries = _check_points("query_pos", query_pos, 2, batched=False)
-        view = scene.view
         if not len(pos):
             raise ValueError(f"poke_pos must hold at least one hypothesis, received {pos.shape}")
-        return self._run(
-            scene,
-            view.to_model(pos),
-            view.displacement_to_model(flow),
-            view.to_model(queries),
-            camera_static,
-        )
-
-    def _mixture(self, raw: NDArray[np.float32]) -> FlowMixture:
-        """In model units."""
-        parameters = mixture_parameters(torch.from_numpy(raw), self.config)
-        return FlowMixture(*(t.numpy() for t in parameters))
-
-    def _run(
-        self,
-        scene: Scene,
-        pos: NDArray[np.float64],
-        flow: NDArray[np.float64],
-        queries: NDArray[np.float64],
-        camera_static: bool,
-    ) -> NDArray[np.float32]:
-        """Raw outputs ``[B, Q, raw_dim]``.
-
-        All arguments are in model coordinates, ``[B, P, 2]``, ``[B, P, D]``, ``[Q, 2]``.
-        """
         self._check_scene(scene)
+        view = scene.view
+        pos, flow = view.to_model(pos), view.displacement_to_model(flow)
         camera_static, batch = bool(camera_static), len(pos)
         known = scene.known.get(camera_static) if batch == 1 else None
         if known is not None and not known.begin(pos[0], flow[0]):
@@ -258,12 +234,17 @@ class FlowPredictor:
             known.context if known is not None else None,
             _float32(pos[:, old:]),
             _float32(flow[:, old:]),
-            _float32(np.broadcast_to(queries, (batch, *queries.shape))),
+            _float32(np.broadcast_to(view.to_model(queries), (batch, *queries.shape))),
             camera_static,
         )
         if batch == 1 and context.pokes > old:
             scene.known[camera_static] = KnownPokes(pos[0], flow[0], context)
         return raw
+
+    def _mixture(self, raw: NDArray[np.float32]) -> FlowMixture:
+        """In model units."""
+        parameters = mixture_parameters(torch.from_numpy(raw), self.config)
+        return FlowMixture(*(t.numpy() for t in parameters))
 
     def dense(
         self,

@@ -13,7 +13,6 @@ import sys
 import warnings
 import weakref
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -27,6 +26,7 @@ import torch.nn.functional as F
 from closeness import assert_close, assert_mixtures_close
 from compilers import needs_compiler
 from random_weights import randomised
+from scenes_apart import assert_scenes_apart
 from torch import nn
 
 from fpt_model import (
@@ -496,27 +496,8 @@ class TestPredictor:
     def test_two_scenes_at_once(
         self, model: FlowPokeTransformer, precision: Precision, image: np.ndarray
     ) -> None:
-        """Threads that share a predictor disturb neither each other's scenes nor answers."""
         predictor = FlowPredictor(model, precision=precision)
-        queries = geometry.grid((5, 6))
-        pokes = np.random.default_rng(0).random((2, 6, 2))
-
-        def ask(picture: np.ndarray) -> list[FlowMixture]:
-            scene = predictor.encode(picture)
-            return [
-                predictor.predict(scene, pokes[0, :count], pokes[1, :count], queries, static)
-                for count in (0, 2, 6, 1)
-                for static in (True, False)
-            ]
-
-        pictures = [image, image[::-1].copy()]
-        alone = [ask(picture) for picture in pictures]
-        assert np.abs(alone[0][2].means - alone[1][2].means).max() > 1e-4, "scenes are different"
-        with ThreadPoolExecutor(2) as pool:
-            together = list(pool.map(ask, 6 * pictures))
-        for i, answers in enumerate(together):
-            for found, expected in zip(answers, alone[i % 2], strict=True):
-                assert_mixtures_close(found, expected)
+        assert_scenes_apart(predictor, [image, image[::-1].copy()], [geometry.grid((5, 6))])
 
     def test_known_pokes_are_not_run_again(
         self, model: FlowPokeTransformer, image: np.ndarray, monkeypatch: pytest.MonkeyPatch
